@@ -1,0 +1,47 @@
+"""Every error this package raises."""
+
+from __future__ import annotations
+
+
+class IdempotencyError(Exception):
+    """Raised when this package can't do what it was asked; the base of all its errors."""
+
+
+class ConfigurationError(IdempotencyError, ValueError):
+    """Raised at construction when an option's value makes no sense or breaks a promise."""
+
+
+class InvalidKey(IdempotencyError, ValueError):
+    """Raised by a key source when the request carries a key that its grammar refuses."""
+
+
+class BodyError(IdempotencyError):
+    """Raised when the request body can't be taken in full; the base of the errors that say why."""
+
+
+class LengthRequired(BodyError):
+    """Raised when neither Content-Length nor the server says where the request body ends."""
+
+
+class BodyTooLarge(BodyError):
+    """Raised when the request body is larger than ``max_request_bytes``."""
+
+
+class IncompleteBody(BodyError):
+    """Raised when the request body ends before its announced length: the client went away."""
+
+
+class StoreError(IdempotencyError):
+    """Raised when a store could not do what was asked; the base of the errors that say why."""
+
+
+class StoreUnavailable(StoreError):
+    """Raised when a store can't be reached, has no connection free, or refuses to answer in time."""
+
+
+class SchemaError(StoreUnavailable):
+    """Raised when the store's schema is missing or older than this release needs."""
+
+
+class CorruptRecord(StoreError):
+    """Raised when a stored response can't be decoded; the operation still counts as done."""
