@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from wsgi_idempotency.errors import BodyTooLarge, IncompleteBody, LengthRequired
 
@@ -31,7 +31,7 @@ class Body:
     def __init__(self, environ: WSGIEnvironment, limit: int) -> None:
         self._environ = environ
         self._limit = limit
-        self._spool: BinaryIO | None = None
+        self._spool: io.BytesIO | _TemporaryFile | None = None
         self._bytes: bytes | None = None
         self._size = 0
 
@@ -50,14 +50,7 @@ class Body:
         """
         if self._spool is not None:
             return
-        expected = self._expected()
-        spool = cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY))  # noqa: SIM115
-        try:
-            self._size = self._copy_to(spool, expected)
-        except BaseException:
-            spool.close()
-            raise
-        self._spool = spool
+        self._spool = self._copy(self._expected())
 
     def bytes(self) -> bytes:
         """The whole body in memory. Raises what :meth:`read` does."""
@@ -103,23 +96,43 @@ class Body:
             raise BodyTooLarge(f"the body has {text[:20]} bytes, the limit is {self._limit}")
         return int(text)
 
-    def _copy_to(self, spool: BinaryIO, expected: int | None) -> int:
+    def _copy(self, expected: int | None) -> io.BytesIO | _TemporaryFile:
         stream = self._environ["wsgi.input"]
-        size = 0
-        while expected is None or size < expected:
-            wanted = _CHUNK if expected is None else min(_CHUNK, expected - size)
+        spool: io.BytesIO | _TemporaryFile = io.BytesIO()
+        while expected is None or self._size < expected:
+            wanted = _CHUNK if expected is None else min(_CHUNK, expected - self._size)
             try:
                 chunk = stream.read(wanted)
             except Exception as exc:
                 # Servers say in their own ways that the client went away: OSError,
-                # gunicorn's NoMoreData and ChunkMissingTerminator, ValueError.
+                # ValueError, gunicorn's NoMoreData and ChunkMissingTerminator.
                 raise IncompleteBody("the connection broke while the body was read") from exc
             if not chunk:
                 break
-            size += len(chunk)
-            if size > self._limit:
+            self._size += len(chunk)
+            if self._size > self._limit:
                 raise BodyTooLarge(f"the body has more than {self._limit} bytes")
+            if self._size > _IN_MEMORY and isinstance(spool, io.BytesIO):
+                spool = _TemporaryFile.holding(spool)
             spool.write(chunk)
-        if expected is not None and size < expected:
-            raise IncompleteBody(f"the body ended after {size} of {expected} bytes")
-        return size
+        if expected is not None and self._size < expected:
+            raise IncompleteBody(f"the body ended after {self._size} of {expected} bytes")
+        return spool
+
+
+class _TemporaryFile(io.BufferedRandom):
+    """A real file, since ``SpooledTemporaryFile`` is not a full stream before Python 3.11.
+
+    Nobody can tell when the application has read its last byte, so it is closed when
+    the last reference goes, without the ResourceWarning of a forgotten file.
+    """
+
+    @classmethod
+    def holding(cls, start: io.BytesIO) -> _TemporaryFile:
+        raw = cast(io.FileIO, tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
+        file = cls(raw)
+        file.write(start.getbuffer())
+        return file
+
+    def __del__(self) -> None:
+        self.close()
