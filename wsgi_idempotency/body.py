@@ -10,12 +10,15 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from wsgi_idempotency.errors import BodyTooLarge, IncompleteBody, LengthRequired
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+
+# Inside the class the name is that of a method.
+_Bytes = bytes
 
 _CHUNK = 64 * 1024  # bytes; one read() from the server
 _IN_MEMORY = 1024 * 1024  # bytes; a larger body goes to a temporary file
@@ -58,7 +61,7 @@ class Body:
             self._bytes = b"".join(self.chunks())
         return self._bytes
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[_Bytes]:
         """The whole body, piece by piece. Raises what :meth:`read` does."""
         self.read()
         assert self._spool is not None
@@ -129,8 +132,7 @@ class _TemporaryFile(io.BufferedRandom):
 
     @classmethod
     def holding(cls, start: io.BytesIO) -> _TemporaryFile:
-        raw = cast(io.FileIO, tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
-        file = cls(raw)
+        file = cls(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
         file.write(start.getbuffer())
         return file
 

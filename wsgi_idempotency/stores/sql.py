@@ -1,0 +1,793 @@
+"""Records in PostgreSQL or SQLite: every SQL statement this package sends while it serves.
+
+The statements run one by one, each its own transaction (autocommit), so that no lock
+outlives a round trip. On PostgreSQL they expect READ COMMITTED: under REPEATABLE READ
+``INSERT ... ON CONFLICT DO NOTHING`` fails with a serialization error when the
+conflicting row is younger than the snapshot (PostgreSQL documentation, 13.2.2); that is
+asked again like the missing row it stands for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import sqlalchemy
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from wsgi_idempotency.errors import (
+    ConfigurationError,
+    CorruptRecord,
+    SchemaError,
+    StoreError,
+    StoreUnavailable,
+)
+from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State
+from wsgi_idempotency.stores.tables import (
+    SCHEMA_REVISION,
+    VERSION_TABLE,
+    metadata,
+    version_table,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import PoolProxiedConnection
+
+logger = logging.getLogger("wsgi_idempotency")
+
+_T = TypeVar("_T")
+
+#: How often a claim looks again when the row it lost to is not visible to its snapshot.
+#: Each look has a new snapshot, so one is the rule and a handful the exception.
+_LOOKS = 50
+
+# ---------------------------------------------------------------------- PostgreSQL
+
+_PG_RECORD = """
+    key_digest, claim_token, state, fingerprint, fingerprint_version, attempt, lapse,
+    lease_until <= now() AS lapsed, expires_at <= now() AS past_retention,
+    extract(epoch FROM now() - created_at)::float8 AS age,
+    extract(epoch FROM lease_until - now())::float8 AS lease_left,
+    response_status, response_headers, response_body, not_replayable"""
+
+# A row that counts as absent. One in flight or held never does.
+_PG_EXPIRED = """(
+    expires_at <= now()
+    AND (state IN ('completed', 'released')
+         OR (state = 'claimed' AND lapse = 'release' AND lease_until <= now())))"""
+
+# One round trip for a fresh key and for a replay. It looks first, so that a replay
+# writes nothing: no row lock, no WAL. Two that insert at once meet in the primary key:
+# the second waits for the first's commit and then does nothing. If that row was
+# committed after this statement's snapshot, neither CTE has a row, and the caller asks
+# again. The joins to a constant make the answer one row in every case.
+# Index: pk_idempotency_keys.
+_PG_CLAIM = f"""
+WITH seen AS (
+    SELECT {_PG_RECORD} FROM idempotency_keys WHERE key_digest = %(digest)s
+), won AS (
+    INSERT INTO idempotency_keys (
+        created_at, lease_until, expires_at, attempt, fingerprint_version, key_digest,
+        claim_token, fingerprint, state, lapse, scope, idempotency_key, method, path)
+    SELECT
+        now(), now() + make_interval(secs => %(lease)s),
+        now() + make_interval(secs => %(retention)s), 1, %(fingerprint_version)s::smallint,
+        %(digest)s, %(token)s, %(fingerprint)s, 'claimed', %(lapse)s, %(scope)s, %(key)s,
+        %(method)s, %(path)s
+    WHERE NOT EXISTS (SELECT FROM seen)
+    ON CONFLICT (key_digest) DO NOTHING
+    RETURNING attempt
+)
+SELECT won.attempt, seen.*
+FROM (SELECT 1) AS one LEFT JOIN won ON true LEFT JOIN seen ON true"""
+
+# A compare-and-swap. Two that take over at once: the second waits for the first's row
+# lock, re-reads the row (READ COMMITTED, PostgreSQL documentation 13.2.1) and finds
+# another token. The conditions are repeated here because a heartbeat may have renewed
+# the lease since the row was read. Index: pk_idempotency_keys.
+_PG_TAKE_OVER = f"""
+UPDATE idempotency_keys SET
+    state = 'claimed', claim_token = %(token)s, lapse = %(lapse)s,
+    attempt = CASE WHEN {_PG_EXPIRED} THEN 1 ELSE attempt + 1 END,
+    created_at = CASE WHEN {_PG_EXPIRED} THEN now() ELSE created_at END,
+    lease_until = now() + make_interval(secs => %(lease)s),
+    expires_at = now() + make_interval(secs => %(retention)s),
+    fingerprint = %(fingerprint)s, fingerprint_version = %(fingerprint_version)s::smallint,
+    scope = %(scope)s, idempotency_key = %(key)s, method = %(method)s, path = %(path)s,
+    completed_at = NULL, response_status = NULL, response_headers = NULL,
+    response_body = NULL, not_replayable = NULL
+WHERE key_digest = %(digest)s AND claim_token = %(seen)s
+  AND (state = 'released'
+       OR (state = 'claimed' AND lapse = 'release' AND lease_until <= now())
+       OR {_PG_EXPIRED})
+RETURNING attempt"""
+
+_PG_LOOKUP = f"SELECT {_PG_RECORD} FROM idempotency_keys WHERE key_digest = %(digest)s"
+
+# The token is the fence: whoever lost the claim finds no row. 'completed' is there so
+# that asking again after a lost answer finds its own work done. No indexed column
+# changes, so the update can stay heap-only. Index: pk_idempotency_keys.
+_PG_COMPLETE = """
+UPDATE idempotency_keys SET
+    state = 'completed', completed_at = now(), response_status = %(status)s,
+    response_headers = %(headers)s, response_body = %(body)s, not_replayable = %(reason)s
+WHERE key_digest = %(digest)s AND claim_token = %(token)s
+  AND state IN ('claimed', 'completed')"""
+
+_PG_RENEW = """
+UPDATE idempotency_keys AS row SET lease_until = now() + make_interval(secs => mine.lease)
+FROM unnest(%(digests)s::bytea[], %(tokens)s::bytea[], %(leases)s::float8[])
+     AS mine (digest, token, lease)
+WHERE row.key_digest = mine.digest AND row.claim_token = mine.token AND row.state = 'claimed'
+RETURNING row.claim_token"""
+
+# One batch, one transaction. Rows another purge or a take-over has locked are skipped,
+# so nobody waits for anybody and no row is counted twice; the rows found are locked
+# until the DELETE ends, so their ctid can't move. Index: ix_idempotency_keys_expires_at.
+_PG_PURGE = f"""
+DELETE FROM idempotency_keys WHERE ctid = ANY(ARRAY(
+    SELECT ctid FROM idempotency_keys WHERE {_PG_EXPIRED}
+    ORDER BY expires_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED))"""
+
+# ---------------------------------------------------------------------- both
+
+# Each of these asks for the token, and says the same twice when asked twice.
+_RELEASE = """
+UPDATE idempotency_keys SET state = 'released'
+WHERE key_digest = {digest} AND claim_token = {token} AND state IN ('claimed', 'released')"""
+
+_HOLD = """
+UPDATE idempotency_keys SET state = 'held'
+WHERE key_digest = {digest} AND claim_token = {token} AND state IN ('claimed', 'held')"""
+
+_FORGET = """
+DELETE FROM idempotency_keys
+WHERE key_digest = {digest} AND claim_token = {token} AND state = 'claimed'"""
+
+_VERSION = f"SELECT version_num FROM {VERSION_TABLE}"
+
+# ---------------------------------------------------------------------- SQLite
+
+# 'now' is one moment for a whole statement (SQLite, "Date And Time Functions").
+_LITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
+
+_LITE_RECORD = f"""
+    key_digest, claim_token, state, fingerprint, fingerprint_version, attempt, lapse,
+    lease_until <= {_LITE_NOW} AS lapsed, expires_at <= {_LITE_NOW} AS past_retention,
+    {_LITE_NOW} - created_at AS age, lease_until - {_LITE_NOW} AS lease_left,
+    response_status, response_headers, response_body, not_replayable"""
+
+_LITE_EXPIRED = f"""(
+    expires_at <= {_LITE_NOW}
+    AND (state IN ('completed', 'released')
+         OR (state = 'claimed' AND lapse = 'release' AND lease_until <= {_LITE_NOW})))"""
+
+_LITE_LOOKUP = f"SELECT {_LITE_RECORD} FROM idempotency_keys WHERE key_digest = :digest"
+
+# SQLite has one writer at a time; a replay stays with the SELECT and takes no write
+# lock. Without RETURNING (SQLite 3.35): the row count says who won.
+_LITE_INSERT = f"""
+INSERT INTO idempotency_keys (
+    created_at, lease_until, expires_at, attempt, fingerprint_version, key_digest,
+    claim_token, fingerprint, state, lapse, scope, idempotency_key, method, path)
+VALUES (
+    {_LITE_NOW}, {_LITE_NOW} + :lease, {_LITE_NOW} + :retention, 1, :fingerprint_version,
+    :digest, :token, :fingerprint, 'claimed', :lapse, :scope, :key, :method, :path)
+ON CONFLICT (key_digest) DO NOTHING"""
+
+_LITE_TAKE_OVER = f"""
+UPDATE idempotency_keys SET
+    state = 'claimed', claim_token = :token, lapse = :lapse,
+    attempt = CASE WHEN {_LITE_EXPIRED} THEN 1 ELSE attempt + 1 END,
+    created_at = CASE WHEN {_LITE_EXPIRED} THEN {_LITE_NOW} ELSE created_at END,
+    lease_until = {_LITE_NOW} + :lease, expires_at = {_LITE_NOW} + :retention,
+    fingerprint = :fingerprint, fingerprint_version = :fingerprint_version,
+    scope = :scope, idempotency_key = :key, method = :method, path = :path,
+    completed_at = NULL, response_status = NULL, response_headers = NULL,
+    response_body = NULL, not_replayable = NULL
+WHERE key_digest = :digest AND claim_token = :seen
+  AND (state = 'released'
+       OR (state = 'claimed' AND lapse = 'release' AND lease_until <= {_LITE_NOW})
+       OR {_LITE_EXPIRED})"""
+
+_LITE_COMPLETE = f"""
+UPDATE idempotency_keys SET
+    state = 'completed', completed_at = {_LITE_NOW}, response_status = :status,
+    response_headers = :headers, response_body = :body, not_replayable = :reason
+WHERE key_digest = :digest AND claim_token = :token AND state IN ('claimed', 'completed')"""
+
+_LITE_RENEW = f"""
+UPDATE idempotency_keys SET lease_until = {_LITE_NOW} + :lease
+WHERE key_digest = :digest AND claim_token = :token AND state = 'claimed'"""
+
+_LITE_PURGE = f"""
+DELETE FROM idempotency_keys WHERE rowid IN (
+    SELECT rowid FROM idempotency_keys WHERE {_LITE_EXPIRED}
+    ORDER BY expires_at LIMIT :limit)"""
+
+
+class _Cursor(Protocol):
+    """What of a DB-API cursor is used here."""
+
+    @property
+    def rowcount(self) -> int: ...
+    def fetchone(self) -> Any: ...
+    def fetchall(self) -> list[Any]: ...
+
+
+_Run = Callable[[str, Mapping[str, Any]], _Cursor]
+
+
+class _PostgreSQL:
+    """The statements as PostgreSQL takes them, on psycopg 3."""
+
+    RELEASE = _RELEASE.format(digest="%(digest)s", token="%(token)s")
+    HOLD = _HOLD.format(digest="%(digest)s", token="%(token)s")
+    FORGET = _FORGET.format(digest="%(digest)s", token="%(token)s")
+    COMPLETE = _PG_COMPLETE
+    PURGE = _PG_PURGE
+    LOOKUP = _PG_LOOKUP
+
+    def __init__(self, prepare: bool) -> None:
+        self._prepare = prepare
+
+    def runner(self, connection: Any) -> _Run:
+        from psycopg import Cursor
+        from psycopg.rows import tuple_row
+
+        def run(statement: str, params: Mapping[str, Any]) -> _Cursor:
+            # Named, not connection.execute(): an application's engine may have set
+            # other factories on its connections.
+            cursor = Cursor(connection, row_factory=tuple_row)
+            return cursor.execute(statement, params, prepare=self._prepare, binary=True)
+
+        return run
+
+    def claim(self, run: _Run, claim: Claim) -> Claimed | Record:
+        for _ in range(_LOOKS):
+            try:
+                row = run(_PG_CLAIM, _claim_params(claim)).fetchone()
+            except Exception as exc:
+                if _sqlstate(exc) in _SERIALIZATION:
+                    continue
+                raise
+            if row[0] is not None:
+                return Claimed(attempt=row[0])
+            if row[1] is not None:
+                return _own_or_record(_record(row[1:]), claim)
+        raise StoreUnavailable(f"no stable answer to a claim after {_LOOKS} looks")
+
+    def take_over(self, run: _Run, claim: Claim, seen: Record) -> Claimed | None:
+        try:
+            row = run(_PG_TAKE_OVER, _claim_params(claim) | {"seen": seen.token}).fetchone()
+        except Exception as exc:
+            if _sqlstate(exc) in _SERIALIZATION:
+                return None
+            raise
+        return None if row is None else Claimed(attempt=row[0])
+
+    def renew(self, run: _Run, claims: list[tuple[bytes, bytes, float]]) -> set[bytes]:
+        digests, tokens, leases = (list(column) for column in zip(*claims, strict=True))
+        rows = run(_PG_RENEW, {"digests": digests, "tokens": tokens, "leases": leases})
+        return {token for (token,) in rows.fetchall()}
+
+
+class _SQLite:
+    """The statements as SQLite takes them, on the standard library's sqlite3."""
+
+    RELEASE = _RELEASE.format(digest=":digest", token=":token")
+    HOLD = _HOLD.format(digest=":digest", token=":token")
+    FORGET = _FORGET.format(digest=":digest", token=":token")
+    COMPLETE = _LITE_COMPLETE
+    PURGE = _LITE_PURGE
+    LOOKUP = _LITE_LOOKUP
+
+    def runner(self, connection: Any) -> _Run:
+        run: _Run = connection.execute
+        return run
+
+    def claim(self, run: _Run, claim: Claim) -> Claimed | Record:
+        for _ in range(_LOOKS):
+            row = run(_LITE_LOOKUP, {"digest": claim.digest}).fetchone()
+            if row is not None:
+                return _own_or_record(_record(tuple(row)), claim)
+            if run(_LITE_INSERT, _claim_params(claim)).rowcount == 1:
+                return Claimed(attempt=1)
+        raise StoreUnavailable(f"no stable answer to a claim after {_LOOKS} looks")
+
+    def take_over(self, run: _Run, claim: Claim, seen: Record) -> Claimed | None:
+        params = _claim_params(claim) | {"seen": seen.token}
+        if run(_LITE_TAKE_OVER, params).rowcount != 1:
+            return None
+        row = run(_LITE_LOOKUP, {"digest": claim.digest}).fetchone()
+        if row is None:
+            return None
+        mine = _own_or_record(_record(tuple(row)), claim)
+        return mine if isinstance(mine, Claimed) else None
+
+    def renew(self, run: _Run, claims: list[tuple[bytes, bytes, float]]) -> set[bytes]:
+        kept = set()
+        run("BEGIN IMMEDIATE", {})
+        try:
+            for digest, token, lease in claims:
+                params = {"digest": digest, "token": token, "lease": lease}
+                if run(_LITE_RENEW, params).rowcount == 1:
+                    kept.add(token)
+            run("COMMIT", {})
+        except BaseException:
+            run("ROLLBACK", {})
+            raise
+        return kept
+
+
+class SQLStore:
+    """Records in PostgreSQL (psycopg 3) or SQLite (WAL).
+
+    :param database: a URL (``"postgresql+psycopg://localhost/shop"``,
+        ``"sqlite:///shop.db"``), or an :class:`sqlalchemy.Engine` of the application's.
+    :param create: create the tables on first use when there are none. The default does
+        so on SQLite, and leaves PostgreSQL to ``wsgi-idempotency upgrade``.
+    :param timeout: seconds a call waits at most for a connection to open, for one to
+        come free from the pool, and on SQLite for a lock (``busy_timeout``). An Engine
+        keeps its own pool's settings.
+    :param pool_size: connections a process keeps at most. A connection is held for one
+        statement, never while the application runs.
+    :param prepare: use server-side prepared statements. Switch off behind a PgBouncer
+        older than 1.21 in transaction mode, which doesn't carry them over.
+    :raises ConfigurationError: the URL is not one of PostgreSQL or SQLite, or its driver
+        is missing; the message says what would be right.
+
+    Nothing is connected before the first call, and every process makes its own
+    connections: those inherited over a fork are set aside, neither used nor closed.
+    """
+
+    def __init__(
+        self,
+        database: str | URL | Engine,
+        *,
+        create: bool | None = None,
+        timeout: float = 5.0,  # seconds
+        pool_size: int = 5,  # connections
+        prepare: bool = True,
+    ) -> None:
+        if isinstance(database, Engine):
+            self.url = database_url(database.url)
+            self._given: Engine | None = database
+        else:
+            self.url = database_url(database)
+            self._given = None
+        if not timeout > 0:
+            raise ConfigurationError(f"timeout is {timeout!r}; use seconds greater than 0")
+        if pool_size < 1:
+            raise ConfigurationError(f"pool_size is {pool_size!r}; use at least 1 connection")
+        self._postgresql = self.url.get_backend_name() == "postgresql"
+        self._sql: _PostgreSQL | _SQLite = _PostgreSQL(prepare) if self._postgresql else _SQLite()
+        self._create = not self._postgresql if create is None else create
+        self._timeout = timeout
+        self._pool_size = pool_size
+        self._prepare = prepare
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._verified = False  # this process has seen a schema that will do
+        _stores.add(self)
+
+    def __repr__(self) -> str:
+        return f"SQLStore({self.url.render_as_string(hide_password=True)!r})"
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of this process, made when it is first needed."""
+        with self._lock:
+            if self._engine is None:
+                if self._given is None:
+                    self._engine = self._make_engine()
+                else:
+                    self._engine = self._given.execution_options(isolation_level="AUTOCOMMIT")
+            return self._engine
+
+    # ------------------------------------------------------------------ the contract
+
+    def claim(self, claim: Claim) -> Claimed | Record:
+        return self._call(lambda run: self._sql.claim(run, claim))
+
+    def take_over(self, claim: Claim, seen: Record) -> Claimed | None:
+        return self._call(lambda run: self._sql.take_over(run, claim, seen))
+
+    def lookup(self, digest: bytes) -> Record | None:
+        row = self._call(lambda run: run(self._sql.LOOKUP, {"digest": digest}).fetchone())
+        return None if row is None else _record(tuple(row))
+
+    def complete(self, digest: bytes, token: bytes, completion: Completion) -> bool:
+        return self._one(
+            self._sql.COMPLETE,
+            {
+                "digest": digest,
+                "token": token,
+                "status": _storable(completion.status),
+                "headers": json.dumps(completion.headers, separators=(",", ":")),
+                "body": completion.body,
+                "reason": completion.not_replayable,
+            },
+        )
+
+    def release(self, digest: bytes, token: bytes) -> bool:
+        return self._one(self._sql.RELEASE, {"digest": digest, "token": token})
+
+    def forget(self, digest: bytes, token: bytes) -> bool:
+        return self._one(self._sql.FORGET, {"digest": digest, "token": token})
+
+    def hold(self, digest: bytes, token: bytes) -> bool:
+        return self._one(self._sql.HOLD, {"digest": digest, "token": token})
+
+    def renew(self, claims: Iterable[tuple[bytes, bytes, float]]) -> set[bytes]:
+        claims = list(claims)
+        if not claims:
+            return set()
+        return self._call(lambda run: self._sql.renew(run, claims))
+
+    def purge(self, limit: int) -> int:
+        if limit < 1:
+            raise ValueError(f"limit is {limit!r}; use at least 1 row")
+        return self._call(lambda run: run(self._sql.PURGE, {"limit": limit}).rowcount)
+
+    def check(self) -> None:
+        self._verify_schema()
+
+    def close(self) -> None:
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None and self._given is None:
+            engine.dispose()
+
+    # ------------------------------------------------------------------ connections
+
+    def _one(self, statement: str, params: Mapping[str, Any]) -> bool:
+        return self._call(lambda run: run(statement, params).rowcount == 1)
+
+    def _call(self, work: Callable[[_Run], _T]) -> _T:
+        if not self._verified:
+            self._verify_schema()
+        return self._attempt(work)
+
+    def _attempt(self, work: Callable[[_Run], _T]) -> _T:
+        """Run ``work`` on a connection of the pool, with the errors of the contract.
+
+        A pooled connection may have died since it was last used (the server was
+        restarted). Nobody asks it beforehand; the work, which every method of the
+        contract may repeat, is done again on a new connection, once.
+        """
+        try:
+            return self._once(work)
+        except _Disconnected:
+            logger.info("a pooled connection to %r was dead; trying a new one", self)
+        try:
+            return self._once(work)
+        except _Disconnected as exc:
+            raise StoreUnavailable(f"the connection to {self!r} was lost") from exc.__cause__
+
+    def _once(self, work: Callable[[_Run], _T]) -> _T:
+        connection, driver = self._checkout()
+        try:
+            return work(self._sql.runner(driver))
+        except self._driver_error as exc:
+            if self._is_disconnect(exc, driver):
+                connection.invalidate(exc)
+                # The others in the pool were opened to the same server.
+                self.engine.dispose()
+                raise _Disconnected from exc
+            raise self._translate(exc) from exc
+        except StoreError:
+            raise
+        except BaseException:
+            # A greenlet killed or a thread interrupted in the middle of a round trip:
+            # what the connection would answer next is not known.
+            connection.invalidate()
+            raise
+        finally:
+            connection.close()
+
+    def _checkout(self) -> tuple[Connection | PoolProxiedConnection, Any]:
+        engine = self.engine
+        try:
+            if self._given is None:
+                pooled = engine.raw_connection()
+                return pooled, pooled.driver_connection
+            # SQLAlchemy switches the application's connection to autocommit, and back
+            # again when it is returned: attributes of the drivers, not round trips.
+            connection = engine.connect()
+            return connection, connection.connection.driver_connection
+        except (SQLAlchemyError, self._driver_error) as exc:
+            reason = exc.orig if isinstance(exc, DBAPIError) else exc
+            raise StoreUnavailable(f"{self!r} can't be reached: {_first_line(reason)}") from exc
+
+    @property
+    def _driver_error(self) -> type[Exception]:
+        error: type[Exception] = self.engine.dialect.loaded_dbapi.Error
+        return error
+
+    def _is_disconnect(self, exc: Exception, driver: Any) -> bool:
+        return self.engine.dialect.is_disconnect(exc, driver, None)  # type: ignore[arg-type]
+
+    def _translate(self, exc: Exception) -> StoreUnavailable:
+        if _sqlstate(exc) in _NO_SCHEMA or str(exc).startswith(("no such table", "no such column")):
+            self._verified = False
+            return SchemaError(self._upgrade_hint("The schema is missing or old"))
+        sqlstate = _sqlstate(exc) or "no SQLSTATE"
+        return StoreUnavailable(f"{self!r} refused: {_first_line(exc)} ({sqlstate})")
+
+    def _make_engine(self) -> Engine:
+        if self._postgresql:
+            defaults: dict[str, Any] = {
+                "connect_timeout": max(2, round(self._timeout)),  # seconds; 2 is libpq's least
+                "tcp_user_timeout": round(self._timeout * 1000),  # milliseconds
+            }
+            if not self._prepare:
+                defaults["prepare_threshold"] = None
+            engine = create_engine(
+                self.url,
+                isolation_level="AUTOCOMMIT",
+                use_native_hstore=False,  # it would look the type up on every connection
+                pool_size=self._pool_size,
+                max_overflow=0,
+                pool_timeout=self._timeout,
+                pool_reset_on_return=None,  # autocommit leaves nothing to roll back
+                pool_use_lifo=True,  # lets idle connections beyond the need go quiet
+                connect_args={k: v for k, v in defaults.items() if k not in self.url.query},
+            )
+        else:
+            engine = create_engine(
+                self.url,
+                isolation_level="AUTOCOMMIT",
+                pool_size=self._pool_size,
+                max_overflow=0,
+                pool_timeout=self._timeout,
+                pool_reset_on_return=None,
+                connect_args={"timeout": self._timeout},
+            )
+            event.listen(engine, "connect", self._set_up_sqlite)
+        return engine
+
+    def _set_up_sqlite(self, connection: DBAPIConnection, record: object) -> None:
+        """WAL lets replays read while a claim writes; FULL makes each commit survive a
+        power cut (SQLite, "Write-Ahead Logging", section 2.2)."""
+        deadline = time.monotonic() + self._timeout
+        cursor = connection.cursor()
+        while True:
+            try:
+                cursor.execute("PRAGMA journal_mode = WAL")
+                break
+            except Exception:
+                # Several processes that switch a new file to WAL at once are told
+                # "database is locked" without the busy timeout being honoured.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        cursor.execute("PRAGMA synchronous = FULL")
+        cursor.close()
+
+    def _after_fork(self) -> None:
+        engine = self._engine or self._given
+        if engine is not None:
+            # Closing them would say goodbye on the parent's connection (PostgreSQL) or
+            # run a checkpoint (SQLite, "How To Corrupt An SQLite Database File", 2.6).
+            _inherited.append(engine.pool)
+            engine.dispose(close=False)
+        self._engine = None
+        self._lock = threading.Lock()  # a thread of the parent's may have held the old one
+
+    # ------------------------------------------------------------------ schema
+
+    def _verify_schema(self) -> None:
+        """Once a process: is the schema there, and new enough?
+
+        :raises SchemaError: it is missing or old; the message names the command to run.
+        """
+        found = self._version()
+        if found is None and self._create:
+            self._create_schema()
+            found = self._version()
+        if found is None:
+            raise SchemaError(self._upgrade_hint("The schema is missing"))
+        if not found.isdigit():
+            raise SchemaError(f"{VERSION_TABLE} of {self!r} has {found!r}, not a revision of ours")
+        if int(found) < int(SCHEMA_REVISION):
+            problem = f"The schema is at {found}, this release needs {SCHEMA_REVISION}"
+            raise SchemaError(self._upgrade_hint(problem))
+        self._verified = True
+
+    def _version(self) -> str | None:
+        try:
+            row = self._attempt(lambda run: run(_VERSION, {}).fetchone())
+        except SchemaError:
+            return None
+        return None if row is None else str(row[0])
+
+    def _create_schema(self) -> None:
+        try:
+            with self.engine.connect() as connection:
+                # Two processes at once: the second waits here and then finds them made.
+                connection.exec_driver_sql("BEGIN IMMEDIATE" if not self._postgresql else "BEGIN")
+                try:
+                    metadata.create_all(connection)
+                    version_table.create(connection, checkfirst=True)
+                    if connection.execute(sqlalchemy.select(version_table)).first() is None:
+                        connection.execute(
+                            version_table.insert().values(version_num=SCHEMA_REVISION)
+                        )
+                except BaseException:
+                    connection.exec_driver_sql("ROLLBACK")
+                    raise
+                connection.exec_driver_sql("COMMIT")
+        except SQLAlchemyError as exc:
+            problem = f"the tables can't be created in {self!r}: {_first_line(exc)}"
+            raise StoreUnavailable(problem) from exc
+
+    def _upgrade_hint(self, problem: str) -> str:
+        url = self.url.render_as_string(hide_password=True)
+        return f"{problem} in {url}. Run: wsgi-idempotency upgrade --database {url}"
+
+
+class _Disconnected(Exception):
+    """Raised when the connection turned out to be dead; its cause is the driver's error."""
+
+
+def database_url(database: str | URL) -> URL:
+    """The URL of a database this package can use, with its driver named.
+
+    :param database: ``postgresql://``, ``postgres://`` or ``postgresql+psycopg://``;
+        ``sqlite:///file``.
+    :raises ConfigurationError: it is something else, or its driver is not installed.
+    """
+    try:
+        url = make_url(database)
+    except ArgumentError as exc:
+        raise ConfigurationError(
+            "the database is not a URL; use one like postgresql+psycopg://user@host/name"
+            " or sqlite:///file.db"
+        ) from exc
+    if url.drivername in ("postgresql", "postgres"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.drivername == "postgresql+psycopg":
+        if importlib.util.find_spec("psycopg") is None:
+            raise ConfigurationError(
+                "PostgreSQL needs psycopg 3: pip install 'wsgi-idempotency[postgresql]'"
+            )
+        return url
+    if url.drivername in ("sqlite", "sqlite+pysqlite"):
+        if url.database in (None, "", ":memory:") or "mode=memory" in str(url.database):
+            raise ConfigurationError(
+                "an in-memory SQLite database is another one for each connection;"
+                ' use "memory:" for one process, or sqlite:///file.db'
+            )
+        return url
+    raise ConfigurationError(
+        f"{url.drivername} is not supported; use postgresql+psycopg:// or sqlite:///"
+    )
+
+
+# SQLSTATEs (PostgreSQL documentation, appendix A): serialization_failure, deadlock_detected.
+_SERIALIZATION = frozenset({"40001", "40P01"})
+# undefined_table, undefined_column, invalid_schema_name.
+_NO_SCHEMA = frozenset({"42P01", "42703", "3F000"})
+
+
+def _sqlstate(exc: BaseException) -> str | None:
+    return getattr(exc, "sqlstate", None)
+
+
+def _first_line(exc: BaseException | None) -> str:
+    return (str(exc).splitlines() or [type(exc).__name__])[0]
+
+
+def _claim_params(claim: Claim) -> dict[str, Any]:
+    return {
+        "digest": claim.digest,
+        "token": claim.token,
+        "fingerprint": claim.fingerprint,
+        "fingerprint_version": claim.fingerprint_version,
+        "lease": float(claim.lease),
+        "retention": float(claim.retention),
+        "lapse": claim.lapse.value,
+        "scope": _storable(claim.scope),
+        "key": _storable(claim.key),
+        "method": _storable(claim.method),
+        "path": _storable(claim.path),
+    }
+
+
+def _storable(text: str) -> str:
+    """Text a database takes: PostgreSQL has no NUL in text, and UTF-8 no lone surrogate."""
+    if text.isascii() and "\0" not in text:
+        return text
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def _own_or_record(record: Record, claim: Claim) -> Claimed | Record:
+    """A row with the caller's own token is a claim whose answer was lost on the way."""
+    if record.token == claim.token and record.state is State.CLAIMED:
+        return Claimed(attempt=record.attempt)
+    return record
+
+
+_STATUS_LINE = re.compile(r"[1-5][0-9]{2}( |\Z)")
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    (
+        digest, token, state, fingerprint, version, attempt, lapse, lapsed, past_retention,
+        age, lease_left, status, headers, body, not_replayable,
+    ) = row  # fmt: skip
+    try:
+        record = Record(
+            digest=bytes(digest),
+            token=bytes(token),
+            state=State(state),
+            fingerprint=bytes(fingerprint),
+            fingerprint_version=int(version),
+            attempt=int(attempt),
+            lapse=Lapse(lapse),
+            lapsed=bool(lapsed),
+            past_retention=bool(past_retention),
+            age=float(age),
+            lease_left=float(lease_left),
+        )
+    except (TypeError, ValueError) as exc:
+        raise CorruptRecord(f"the row of digest {digest!r} makes no sense: {exc}") from exc
+    if record.state is not State.COMPLETED:
+        return record
+    return _with_response(record, status, headers, body, not_replayable)
+
+
+def _with_response(
+    record: Record, status: Any, headers: Any, body: Any, not_replayable: Any
+) -> Record:
+    """Add what was stored of the response. An operation whose response can't be read
+    back is still done: it must not run again."""
+    try:
+        pairs = tuple((name, value) for name, value in json.loads(headers))
+        if not all(isinstance(text, str) for pair in pairs for text in pair):
+            raise ValueError("a header is not text")
+        if not _STATUS_LINE.match(status):
+            raise ValueError("the status line has no status")
+        if body is None and not isinstance(not_replayable, str):
+            raise ValueError("there is neither a body nor a reason for having none")
+        if body is not None and not isinstance(body, (bytes, memoryview)):
+            raise ValueError("the body is not bytes")
+    except (TypeError, ValueError) as exc:
+        logger.error(
+            "the stored response of digest %s can't be read (%s): the operation counts as done,"
+            " and its retries are refused",
+            record.digest.hex(), exc,
+        )  # fmt: skip
+        return replace(record, status=None, not_replayable="the stored response is corrupt")
+    return replace(
+        record,
+        status=status,
+        headers=pairs,
+        body=None if body is None else bytes(body),
+        not_replayable=not_replayable,
+    )
+
+
+_stores: weakref.WeakSet[SQLStore] = weakref.WeakSet()
+_inherited: list[object] = []
+
+
+def _after_fork_in_child() -> None:
+    for store in list(_stores):
+        store._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
