@@ -1,0 +1,130 @@
+"""Fixtures every test may use: databases, and the server they are on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers.postgres import (
+    Postgres,
+    PostgresServer,
+    database_of,
+    postgres_for_tests,
+    private_postgres,
+)
+from sqlalchemy import create_engine, insert
+
+from wsgi_idempotency.stores import tables
+
+#: The version of the server that a test ran on, as a property of its report.
+PROPERTY = "postgresql"
+
+running_version = pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session")
+def postgres(pytestconfig: pytest.Config) -> Iterator[Postgres]:
+    """A PostgreSQL server, shared by the tests of a session: don't stop this one."""
+    server = postgres_for_tests()
+    pytestconfig.stash[running_version] = server.version
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def own_server(postgres: Postgres) -> Iterator[PostgresServer]:
+    """A server of ours, even when the environment names one of somebody else's."""
+    if isinstance(postgres, PostgresServer):
+        yield postgres
+        return
+    server = private_postgres()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def on_postgresql(request: pytest.FixtureRequest) -> None:
+    """Mark a test that asks for its database only while it runs."""
+    request.node.add_marker(pytest.mark.postgresql)
+
+
+@pytest.fixture
+def postgres_server(on_postgresql: None, own_server: PostgresServer) -> Iterator[PostgresServer]:
+    """A server that a test may stop, crash, restart and read the log of."""
+    yield own_server
+    if not own_server.running:
+        own_server.start()
+
+
+@pytest.fixture
+def pg_url(on_postgresql: None, postgres: Postgres) -> Iterator[str]:
+    """The URL of a fresh database with nothing in it."""
+    url = postgres.create_database()
+    yield url
+    postgres.drop_database(url)
+
+
+@pytest.fixture(scope="session")
+def schema_template(postgres: Postgres) -> Iterator[str]:
+    """The name of a database that has our schema, for copying."""
+    url = postgres.create_database()
+    create_schema(url)
+    yield database_of(url)
+    postgres.drop_database(url)
+
+
+@pytest.fixture
+def pg_database(on_postgresql: None, postgres: Postgres, schema_template: str) -> Iterator[str]:
+    """The URL of a fresh database that has our schema and no row."""
+    url = postgres.create_database(schema_template)
+    yield url
+    postgres.drop_database(url)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of an SQLite file that doesn't exist yet."""
+    return f"sqlite:///{tmp_path / 'keys.db'}"
+
+
+def create_schema(url: str) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        tables.metadata.create_all(connection)
+        tables.version_table.create(connection)
+        connection.execute(insert(tables.version_table).values(version_num=tables.SCHEMA_REVISION))
+    engine.dispose()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "postgresql: runs on PostgreSQL; set by the fixtures")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on PostgreSQL, so that ``-m postgresql`` finds it."""
+    for item in items:
+        if "postgres" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.postgresql)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Put the server's version into the report of a test that ran on it."""
+    if call.when == "call" and item.get_closest_marker("postgresql"):
+        item.user_properties.append((PROPERTY, item.config.stash[running_version]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests ran on PostgreSQL, and on which."""
+    versions = Counter(
+        version
+        for outcome in ("passed", "failed", "xfailed", "xpassed")
+        for report in terminalreporter.getreports(outcome)
+        if report.when == "call"
+        for name, version in report.user_properties
+        if name == PROPERTY
+    )
+    for version, tests in versions.items() or {"": 0}.items():
+        terminalreporter.write_line(f"{tests} tests ran on PostgreSQL {version}".rstrip())
