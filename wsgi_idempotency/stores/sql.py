@@ -57,7 +57,7 @@ _LOOKS = 50
 
 _PG_RECORD = """
     key_digest, claim_token, state, fingerprint, fingerprint_version, attempt, lapse,
-    lease_until <= now() AS lapsed, expires_at <= now() AS past_retention,
+    state = 'claimed' AND lease_until <= now() AS lapsed, expires_at <= now() AS past_retention,
     extract(epoch FROM now() - created_at)::float8 AS age,
     extract(epoch FROM lease_until - now())::float8 AS lease_left,
     response_status, response_headers, response_body, not_replayable"""
@@ -165,7 +165,8 @@ _LITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
 
 _LITE_RECORD = f"""
     key_digest, claim_token, state, fingerprint, fingerprint_version, attempt, lapse,
-    lease_until <= {_LITE_NOW} AS lapsed, expires_at <= {_LITE_NOW} AS past_retention,
+    state = 'claimed' AND lease_until <= {_LITE_NOW} AS lapsed,
+    expires_at <= {_LITE_NOW} AS past_retention,
     {_LITE_NOW} - created_at AS age, lease_until - {_LITE_NOW} AS lease_left,
     response_status, response_headers, response_body, not_replayable"""
 
@@ -721,7 +722,7 @@ def _own_or_record(record: Record, claim: Claim) -> Claimed | Record:
     return record
 
 
-_STATUS_LINE = re.compile(r"[1-5][0-9]{2}( |\Z)")
+_STATUS_LINE = re.compile(r"[0-9]{3}( |\Z)")
 
 
 def _record(row: tuple[Any, ...]) -> Record:
