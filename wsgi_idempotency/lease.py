@@ -1,0 +1,212 @@
+"""Keeps the claims of this process alive, and finishes what could not be finished at once.
+
+One daemon thread a process renews all claims in flight in one statement, each at the
+latest a third of its lease after the last time, so that two renewals may fail before a
+claim lapses. A completion that the store could not take is tried again by the same
+thread, while the claim it belongs to is kept.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from wsgi_idempotency.operation import Operation
+from wsgi_idempotency.records import Claim
+from wsgi_idempotency.stores.base import Store
+
+logger = logging.getLogger("wsgi_idempotency")
+
+#: Records the end of an operation; False when the claim was lost.
+Finish = Callable[[], bool]
+
+_FIRST_RETRY = 0.5  # seconds until an unfinished completion is tried again; doubled each time
+
+
+@dataclass(slots=True)
+class _Kept:
+    claim: Claim
+    operation: Operation
+    renew_at: float
+    give_up_at: float
+    finish: Finish | None = None
+    finish_at: float = field(default=float("inf"))
+    backoff: float = _FIRST_RETRY
+
+    def due(self) -> float:
+        return min(self.renew_at, self.finish_at)
+
+
+class Heartbeat:
+    """Renews leases and finishes late, for one store.
+
+    :param store: where the claims are.
+    :param on_lost: called with an operation whose claim somebody else has taken over.
+
+    The thread is started with the first claim and made anew in a forked child. A claim
+    is renewed for its retention at the longest: a handler that hangs does not keep its
+    key for ever.
+    """
+
+    def __init__(self, store: Store, on_lost: Callable[[Operation], None]) -> None:
+        self._store = store
+        self._on_lost = on_lost
+        self.forget_parent()
+        _heartbeats.add(self)
+
+    def forget_parent(self) -> None:
+        """In a forked child: the parent's thread, lock and claims are not ours."""
+        self._kept: dict[bytes, _Kept] = {}
+        self._changed: threading.Condition | None = None
+        self._wake_at = float("inf")
+
+    def start(self, claim: Claim, operation: Operation) -> None:
+        """Keep a claim alive from now on."""
+        now = time.monotonic()
+        kept = _Kept(claim, operation, now + claim.lease / 3, now + claim.retention)
+        self._add(kept)
+
+    def stop(self, claim: Claim) -> None:
+        """Leave a claim to its lease: its operation is being finished."""
+        if self._changed is not None:
+            with self._changed:
+                self._kept.pop(claim.token, None)
+
+    def finish_later(self, claim: Claim, operation: Operation, finish: Finish) -> None:
+        """Keep a claim and call ``finish``, until it answers or the retention is over."""
+        now = time.monotonic()
+        self._add(_Kept(claim, operation, now, now + claim.retention, finish, now + _FIRST_RETRY))
+
+    def flush(self) -> None:
+        """At the end of the process: finish what is left, once, and say what could not be."""
+        if self._changed is None:
+            return
+        with self._changed:
+            left = [kept for kept in self._kept.values() if kept.finish is not None]
+        for kept in left:
+            if not self._finish(self._changed, kept):
+                claim = kept.claim
+                logger.critical(
+                    "%s %s was run, and the store could not be told before this process ended:"
+                    " digest %s, attempt %d. Its claim lapses (%s) within %g s of its last"
+                    " heartbeat; resolve it by hand.",
+                    claim.method, claim.path, claim.digest.hex(), kept.operation.attempt,
+                    claim.lapse.value, claim.lease,
+                )  # fmt: skip
+
+    def _add(self, kept: _Kept) -> None:
+        changed = self._changed or self._begin()
+        with changed:
+            self._kept[kept.claim.token] = kept
+            if kept.due() < self._wake_at:
+                changed.notify()
+
+    def _begin(self) -> threading.Condition:
+        """Start the thread, with the first claim of this process.
+
+        Not before: gunicorn's gevent worker patches ``threading`` after the fork, and a
+        Condition made earlier would stop the whole worker instead of one greenlet. For
+        the same reason nothing that may switch greenlets happens under ``_birth``.
+        """
+        with _birth:
+            if self._changed is not None:
+                return self._changed
+            changed = self._changed = threading.Condition()
+        threading.Thread(
+            target=self._run, args=(changed,), name="idempotency-heartbeat", daemon=True
+        ).start()
+        return changed
+
+    def _run(self, changed: threading.Condition) -> None:
+        while True:
+            with changed:
+                now = time.monotonic()
+                self._wake_at = min(
+                    (kept.due() for kept in self._kept.values()), default=float("inf")
+                )
+                if self._wake_at > now:
+                    timeout = self._wake_at - now
+                    changed.wait(None if timeout == float("inf") else timeout)
+                    continue
+                due = [kept for kept in self._kept.values() if kept.due() <= now]
+            try:
+                self._beat(changed, due, now)
+            except Exception:
+                logger.exception("the heartbeat failed; it goes on")
+
+    def _beat(self, changed: threading.Condition, due: list[_Kept], now: float) -> None:
+        for kept in due:
+            if kept.finish_at <= now and not self._finish(changed, kept):
+                kept.backoff = min(kept.backoff * 2, kept.claim.lease / 3)
+                kept.finish_at = time.monotonic() + kept.backoff
+        with changed:
+            for kept in due:
+                if kept.give_up_at <= now:
+                    self._kept.pop(kept.claim.token, None)
+                    logger.error("gave up keeping %r after its whole retention", kept.operation)
+            # All of them, not only the due: it is one statement in either case.
+            renew = list(self._kept.values()) if any(kept.renew_at <= now for kept in due) else []
+        if renew:
+            self._renew(changed, renew)
+
+    def _renew(self, changed: threading.Condition, renew: list[_Kept]) -> None:
+        try:
+            alive = self._store.renew(
+                [(kept.claim.digest, kept.claim.token, kept.claim.lease) for kept in renew]
+            )
+        except Exception as exc:
+            logger.warning("%d leases could not be renewed: %s", len(renew), exc)
+            for kept in renew:
+                kept.renew_at = time.monotonic() + kept.claim.lease / 9
+            return
+        for kept in renew:
+            kept.renew_at = time.monotonic() + kept.claim.lease / 3
+            if kept.claim.token not in alive:
+                with changed:
+                    # One that was stopped meanwhile was finished, not lost.
+                    lost = self._kept.pop(kept.claim.token, None) is not None
+                if lost:
+                    kept.operation.lost = True
+                    self._on_lost(kept.operation)
+
+    def _finish(self, changed: threading.Condition, kept: _Kept) -> bool:
+        assert kept.finish is not None
+        try:
+            done = kept.finish()
+        except Exception as exc:
+            logger.warning("%r can't be finished yet: %s", kept.operation, exc)
+            return False
+        with changed:
+            self._kept.pop(kept.claim.token, None)
+        if done:
+            logger.info("%r was finished late", kept.operation)
+        else:
+            kept.operation.lost = True
+            self._on_lost(kept.operation)
+        return True
+
+
+_heartbeats: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
+_birth = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _birth
+    _birth = threading.Lock()
+    for heartbeat in list(_heartbeats):
+        heartbeat.forget_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+@atexit.register
+def _flush_all() -> None:
+    for heartbeat in list(_heartbeats):
+        heartbeat.flush()

@@ -1,0 +1,89 @@
+"""What a handler sees of the operation it runs for."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import uuid
+from contextvars import ContextVar
+
+from werkzeug.local import LocalProxy
+
+from wsgi_idempotency.protocol import Action
+from wsgi_idempotency.records import Claim
+
+ENVIRON_KEY = "wsgi_idempotency.operation"
+
+
+class Operation:
+    """The operation that a request runs, in ``environ["wsgi_idempotency.operation"]``.
+
+    Also :data:`current_operation`, while the application runs.
+    """
+
+    def __init__(
+        self, claim: Claim, *, key: str, scope: str, attempt: int, secret: bytes | None
+    ) -> None:
+        self._claim = claim
+        self._secret = secret
+        #: The idempotency key, unescaped.
+        self.key = key
+        #: Whose key it is, as the scope callable said.
+        self.scope = scope
+        #: 1 for the first attempt, one more each time the operation was taken over.
+        self.attempt = attempt
+        #: Somebody took the claim over: what this handler answers won't be recorded.
+        #: True some time after it happened (a third of the lease at most).
+        self.lost = False
+        #: What the handler asked for, or None for what the policy says.
+        self.overrule: Action | None = None
+
+    def __repr__(self) -> str:
+        return f"<Operation {self._claim.digest.hex()} attempt {self.attempt}>"
+
+    def derive_key(self, name: str) -> str:
+        """A key for a call to another system: the same on every attempt at this operation,
+        another one for each name, each payload and each operation.
+
+        :param name: what the call is for, for example ``"charge"``.
+        :returns: a UUID (RFC 9562 section 5.8, version 8) in its usual text form.
+        :raises ValueError: the name is empty.
+        """
+        if not name:
+            raise ValueError("derive_key needs a name that says what the call is for")
+        parts = (self._claim.digest, self._claim.fingerprint, name.encode())
+        message = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+        key = b"wsgi-idempotency derived key 1" + (self._secret or b"")
+        digest = bytearray(hmac.digest(hashlib.sha256(key).digest(), message, "sha256")[:16])
+        digest[6] = digest[6] & 0x0F | 0x80
+        digest[8] = digest[8] & 0x3F | 0x80
+        return str(uuid.UUID(bytes=bytes(digest)))
+
+    def store(self) -> None:
+        """Record this response and replay it, whatever the policy says of its status."""
+        self.overrule = Action.STORE
+
+    def forget(self) -> None:
+        """Nothing happened: the key is fresh after this response."""
+        self.overrule = Action.FORGET
+
+    def release(self) -> None:
+        """The same request may run again after this response."""
+        self.overrule = Action.RELEASE
+
+    def hold(self) -> None:
+        """Nobody runs it again until it has been resolved."""
+        self.overrule = Action.HOLD
+
+
+running: ContextVar[Operation] = ContextVar("wsgi_idempotency.operation")
+
+#: The operation of the request that is running in this thread or greenlet. False in a
+#: boolean context, and RuntimeError on any other use, where there is none.
+current_operation: Operation = LocalProxy(  # type: ignore[assignment]
+    running,
+    unbound_message=(
+        "no idempotent operation is running here: the request carries no key, its route"
+        " has no policy, or the application is not wrapped in IdempotencyMiddleware"
+    ),
+)

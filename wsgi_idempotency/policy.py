@@ -1,0 +1,212 @@
+"""What the operator decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal, cast
+
+from wsgi_idempotency.errors import ConfigurationError
+from wsgi_idempotency.fingerprint import exact
+from wsgi_idempotency.headers import never_replayable
+from wsgi_idempotency.key import header
+from wsgi_idempotency.protocol import Action, Outcome, Outcomes, store_success
+from wsgi_idempotency.records import Lapse
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+Seconds = float | timedelta
+KeyCallable = Callable[["WSGIEnvironment", bytes], "str | None"]
+FingerprintCallable = Callable[["WSGIEnvironment", bytes], bytes]
+
+_LONGEST = 100 * 365 * 86400.0  # seconds; a century
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How the operations of an application, or of one route, are protected.
+
+    Durations are seconds (int or float) or :class:`datetime.timedelta`.
+
+    :param methods: the request methods protected, in any case; others pass through.
+    :param key: where the key is: :func:`header`, :func:`form_field`, :func:`json_field`,
+        :func:`first_of`, or a callable ``(environ, body) -> str or None``.
+    :param required: refuse a request without a key instead of passing it through.
+    :param max_key_length: bytes.
+    :param namespace: ``"endpoint"``: a key is unique per scope, method and full path;
+        ``"scope"``: per scope, so that another endpoint is refused as a mismatch.
+    :param fingerprint: what makes two requests the same: :func:`exact`,
+        :func:`canonical`, a callable ``(environ, body) -> bytes``, or None when the key
+        alone identifies the operation, as for webhooks.
+    :param retention: how long an operation is remembered, from its claim, on the
+        database's clock.
+    :param lease: how long a claim outlives its last heartbeat.
+    :param wait: how long a duplicate waits for the one in flight.
+    :param outcomes: what becomes of an operation, ``(Outcome) -> Action``.
+    :param transaction: reserved for exactly-once with the application's own writes; this
+        release refuses True.
+    :param max_request_bytes: a larger request body is refused with 413.
+    :param max_response_bytes: a larger response is sent in full and remembered as done
+        but not replayable.
+    :param replay_headers: names of fields that are replayed although filtered by
+        default, such as ``Set-Cookie``.
+    :param on_store_failure: what happens when the store can't be reached before the
+        handler ran: ``"refuse"`` answers 503, ``"bypass"`` runs it unprotected.
+    :raises ConfigurationError: a value makes no sense; the message says what would.
+    """
+
+    methods: Collection[str] = ("POST", "PATCH")  # the rest is idempotent by RFC 9110, 9.2.2
+    key: KeyCallable = field(default_factory=lambda: header("Idempotency-Key"))
+    required: bool = False  # so that clients can be moved over one by one
+    max_key_length: int = 256  # bytes; a UUID has 36
+    namespace: Literal["endpoint", "scope"] = "endpoint"
+    fingerprint: FingerprintCallable | None = exact
+    retention: Seconds = timedelta(hours=24)  # longer than clients go on retrying
+    lease: Seconds = 60.0  # seconds; twice gunicorn's time-out for a dead worker
+    wait: Seconds = 0.0  # seconds; a waiting duplicate occupies a worker
+    outcomes: Outcomes = store_success
+    transaction: bool = False
+    max_request_bytes: int = 16 * 1024 * 1024
+    max_response_bytes: int = 4 * 1024 * 1024
+    replay_headers: Collection[str] = ()
+    on_store_failure: Literal["refuse", "bypass"] = "refuse"
+
+    #: What ``outcomes`` says of a lapse, recorded with every claim.
+    lapse: Lapse = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._set("methods", frozenset(_names("methods", self.methods, str.upper)))
+        if not self.methods:
+            raise ConfigurationError('methods is empty; name at least one, such as "POST"')
+        self._set(
+            "replay_headers", frozenset(_names("replay_headers", self.replay_headers, str.lower))
+        )
+        for name in self.replay_headers:
+            if never_replayable(name):
+                raise ConfigurationError(
+                    f"replay_headers has {name!r}, which belongs to one message or connection"
+                    " and can't be replayed; remove it"
+                )
+        if not callable(self.key):
+            raise ConfigurationError(
+                'key is not callable; use header("Idempotency-Key") or (environ, body) -> str or None'
+            )
+        if self.fingerprint is not None and not callable(self.fingerprint):
+            raise ConfigurationError("fingerprint is not callable; use exact, canonical or None")
+        if self.namespace not in ("endpoint", "scope"):
+            raise ConfigurationError(f'namespace is {self.namespace!r}; use "endpoint" or "scope"')
+        if self.fingerprint is None and self.namespace == "scope":
+            raise ConfigurationError(
+                'fingerprint=None with namespace="scope" would replay one endpoint\'s response'
+                ' on another; use namespace="endpoint" or a fingerprint'
+            )
+        if self.on_store_failure not in ("refuse", "bypass"):
+            raise ConfigurationError(
+                f'on_store_failure is {self.on_store_failure!r}; use "refuse" or "bypass"'
+            )
+        if self.transaction:
+            raise ConfigurationError(
+                "transaction=True is not in this release; leave it out and let the lease protect"
+                " the operation"
+            )
+        for name, least in (
+            ("max_key_length", 1),
+            ("max_request_bytes", 0),
+            ("max_response_bytes", 0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigurationError(
+                    f"{name} is {value!r}; use a whole number of at least {least}"
+                )
+        self._set("lease", _seconds("lease", self.lease, 1.0))
+        self._set("retention", _seconds("retention", self.retention, self.lease_seconds))
+        self._set("wait", _seconds("wait", self.wait, 0.0))
+        self._set("lapse", self._lapse_of_outcomes())
+
+    @property
+    def lease_seconds(self) -> float:
+        """The lease in seconds."""
+        return cast(float, self.lease)
+
+    @property
+    def retention_seconds(self) -> float:
+        """The retention in seconds."""
+        return cast(float, self.retention)
+
+    @property
+    def wait_seconds(self) -> float:
+        """The longest wait in seconds."""
+        return cast(float, self.wait)
+
+    def _lapse_of_outcomes(self) -> Lapse:
+        if not callable(self.outcomes):
+            raise ConfigurationError(
+                "outcomes is not callable; use store_success or (Outcome) -> Action"
+            )
+        action = self.outcomes(Outcome(lapsed=True))
+        if action is Action.RELEASE:
+            return Lapse.RELEASE
+        if action is Action.HOLD:
+            return Lapse.HOLD
+        raise ConfigurationError(
+            f"outcomes says {action!r} of a lapse, when nobody knows what happened;"
+            " return RELEASE to let a retry run it again or HOLD to let nobody"
+        )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The policy of some of an application's URLs.
+
+    :param rule: a :class:`werkzeug.routing.Rule` string, such as ``"/orders/<int:id>/pay"``,
+        matched on PATH_INFO.
+    :param policy: the policy there; None exempts them.
+    :param methods: the methods the route is for; None means all.
+    :raises ConfigurationError: the rule is not one, or the methods and those of the
+        policy have none in common.
+    """
+
+    rule: str
+    policy: Policy | None
+    methods: Collection[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, str) or not self.rule.startswith("/"):
+            raise ConfigurationError(f"the rule {self.rule!r} does not start with a slash")
+        if self.methods is None:
+            return
+        methods = frozenset(_names("methods", self.methods, str.upper))
+        object.__setattr__(self, "methods", methods)
+        if self.policy is not None and not methods & frozenset(self.policy.methods):
+            raise ConfigurationError(
+                f"the route {self.rule} is for {', '.join(sorted(methods))}, of which its policy"
+                " protects none; give the policy the same methods"
+            )
+
+
+def _names(option: str, names: object, case: Callable[[str], str]) -> list[str]:
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise ConfigurationError(f"{option} is {names!r}; use a list or tuple of names")
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigurationError(f"{option} has {name!r}; use names")
+    return [case(name.strip()) for name in names]
+
+
+def _seconds(option: str, value: object, least: float) -> float:
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigurationError(f"{option} is {value!r}; use seconds or a timedelta")
+    if not least <= value <= _LONGEST:
+        raise ConfigurationError(
+            f"{option} is {value:g} s; use at least {least:g} s and at most a century"
+        )
+    return float(value)
