@@ -1,0 +1,21 @@
+"""What the README shows is what the examples are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_code_is_a_part_of_the_example() -> None:
+    [code] = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert code in (ROOT / "examples" / "flask_shop.py").read_text()
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)", README))))
+def test_a_link_leads_to_a_file_that_is_there(link: str) -> None:
+    assert (ROOT / link).is_file()
