@@ -1,0 +1,1 @@
+"""Thin fits for frameworks. Each is optional, and imported only by who uses it."""
