@@ -1,0 +1,294 @@
+"""The ``wsgi-idempotency`` command. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from wsgi_idempotency.errors import (
+    ConfigurationError,
+    IdempotencyError,
+    SchemaError,
+    StoreUnavailable,
+)
+from wsgi_idempotency.schema import DATABASE_VARIABLE
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from wsgi_idempotency.checkup import Finding
+    from wsgi_idempotency.stores.sql import SQLStore
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class Commands(click.Group):
+    """Commands whose errors are one line, and of which one is loaded when it is called."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is demo:
+            from wsgi_idempotency.demo import demo as loaded
+
+            command = loaded
+        return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except IdempotencyError as exc:
+            raise click.ClickException(str(exc)) from exc
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+def usable_database(ctx: click.Context, param: click.Parameter, value: str | None) -> URL:
+    from wsgi_idempotency.stores.sql import database_url
+
+    if value is None:
+        raise click.UsageError(
+            f"Which database? Give --database URL or set {DATABASE_VARIABLE}, to one like"
+            " postgresql://user@host/name or sqlite:////srv/shop/keys.db",
+            ctx,
+        )
+    try:
+        return database_url(value)
+    except ConfigurationError as exc:
+        raise click.BadParameter(str(exc), ctx, param) from exc
+
+
+def seconds(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not 0 <= value <= 3600:
+        raise click.BadParameter(f"{value} is not from 0 to 3600 seconds", ctx, param)
+    return value
+
+
+def numbered(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not re.fullmatch("head|[0-9]{4}", value):
+        raise click.BadParameter(f"{value!r} is neither head nor four digits", ctx, param)
+    return value
+
+
+database_option = click.option(
+    "--database",
+    metavar="URL",
+    envvar=DATABASE_VARIABLE,
+    show_envvar=True,
+    callback=usable_database,
+    help="The database, as postgresql://user@host/name or sqlite:////path/to/file.",
+)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 when all is well, 1 when it is not, 2 when the command was"
+    f" misused, {EXIT_INTERRUPTED} when it was interrupted.",
+)
+@click.version_option(package_name="wsgi-idempotency")
+def main() -> None:
+    """Look after the database of WSGI middleware that makes retried requests safe."""
+
+
+@main.command()
+@database_option
+@click.option(
+    "--revision",
+    default="head",
+    show_default=True,
+    callback=numbered,
+    help="How far, as 0001; head is what this release needs.",
+)
+def upgrade(database: URL, revision: str) -> None:
+    """Create the tables, or bring them up to this release.
+
+    Safe to run twice, and on several machines at once. It happens as a whole or not at all.
+    """
+    from alembic.util import CommandError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from wsgi_idempotency.checkup import reason
+    from wsgi_idempotency.schema import newer_than_this_release
+    from wsgi_idempotency.schema import upgrade as upgrade_schema
+
+    try:
+        done = upgrade_schema(database, revision)
+    except CommandError as exc:
+        raise click.ClickException(f"{exc}. Nothing was changed.") from exc
+    except SQLAlchemyError as exc:
+        raise click.ClickException(f"{reason(exc)}. {upgrade_advice(exc, database)}") from exc
+    if newer_than_this_release(done.before):
+        change = f"at {done.before}, which is newer than this release: nothing to do"
+    elif done.before == done.after:
+        change = f"at {done.after}: nothing to do"
+    elif done.before is None:
+        change = f"created at {done.after}"
+    else:
+        change = f"upgraded from {done.before} to {done.after}"
+    click.echo(f"{database.render_as_string(hide_password=True)}: {change}")
+
+
+def upgrade_advice(exc: SQLAlchemyError, database: URL) -> str:
+    """What to do about an upgrade that the database refused."""
+    from sqlalchemy.exc import OperationalError
+
+    from wsgi_idempotency.checkup import connection_advice
+
+    if getattr(getattr(exc, "orig", None), "sqlstate", None) == "42501":
+        return "Run it as the schema's owner, or let that one GRANT CREATE ON SCHEMA to this role"
+    if isinstance(exc, OperationalError):
+        return connection_advice(database)
+    return "Nothing was changed"
+
+
+@main.command()
+@database_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def check(database: URL, as_json: bool) -> None:
+    """Connect, and say whether the database keeps the promises.
+
+    Looks at the schema's version, at settings that would break a promise, at clocks, and at
+    rows that nobody purges. Exits with 1 when a promise would be broken; a warning is none.
+    """
+    from wsgi_idempotency.checkup import Verdict, check_database
+
+    name = database.render_as_string(hide_password=True)
+    findings = []
+    if not as_json:
+        click.echo(name)
+    for finding in check_database(database):
+        findings.append(finding)
+        if not as_json:
+            show_finding(finding)
+    failed = any(finding.verdict is Verdict.FAIL for finding in findings)
+    if as_json:
+        click.echo(json.dumps(report(name, findings, ok=not failed), indent=2))
+    elif failed:
+        click.echo(f"{name} would break a promise: see FAIL above.", err=True)
+    sys.exit(1 if failed else 0)
+
+
+def report(database: str, findings: Iterable[Finding], ok: bool) -> dict[str, Any]:
+    """What ``check --json`` prints."""
+    return {
+        "database": database,
+        "ok": ok,
+        "findings": [
+            {
+                "check": finding.check,
+                "verdict": finding.verdict.value,
+                "found": finding.found,
+                "advice": finding.advice,
+            }
+            for finding in findings
+        ],
+    }
+
+
+def show_finding(finding: Finding) -> None:
+    word, colour = {
+        "ok": ("ok", "green"),
+        "warning": ("warning", "yellow"),
+        "fail": ("FAIL", "red"),
+    }[finding.verdict.value]
+    click.echo(f"{click.style(f'{word:8}', fg=colour)}{finding.check:30} {finding.found}")
+    if finding.advice is not None:
+        click.echo(f"{'':8}{finding.advice}")
+
+
+@main.command()
+@database_option
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Rows a statement deletes at most; each is a transaction of its own.",
+)
+@click.option(
+    "--sleep",
+    type=float,
+    default=0.1,
+    show_default=True,
+    callback=seconds,
+    help="Seconds to rest between batches.",
+)
+@click.option(
+    "--max-batches", type=click.IntRange(min=1), help="Stop after so many.  [default: no limit]"
+)
+def purge(database: URL, batch: int, sleep: float, max_batches: int | None) -> None:
+    """Delete expired rows, the oldest first.
+
+    Rows in flight, held, or within their retention stay. Requests are not blocked, and
+    several purges may run at once.
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from wsgi_idempotency.checkup import reason, sqlite_file_exists
+    from wsgi_idempotency.stores.sql import SQLStore
+
+    if database.get_backend_name() == "sqlite" and not sqlite_file_exists(database):
+        raise click.ClickException(f"{database.database} doesn't exist. Is the path right?")
+    store = SQLStore(database, create=False)
+    deleted = 0
+    try:
+        store.check()
+        with progress_bar(store, batch, max_batches) as advance:
+            for count in delete_expired(store, batch, sleep, max_batches):
+                deleted += count
+                advance(count)
+    except SchemaError:
+        raise
+    except (StoreUnavailable, SQLAlchemyError) as exc:
+        advice = "To see what is wrong, run: wsgi-idempotency check"
+        raise click.ClickException(f"{reason(exc)}. {advice}") from exc
+    finally:
+        store.close()
+        click.echo(f"{deleted} expired rows deleted")
+
+
+def delete_expired(
+    store: SQLStore, batch: int, sleep: float, max_batches: int | None
+) -> Iterator[int]:
+    """Purge batch by batch; each count as it is done."""
+    for number in itertools.count(1):
+        count = store.purge(batch)
+        yield count
+        if count < batch or number == max_batches:
+            return
+        time.sleep(sleep)
+
+
+@contextlib.contextmanager
+def progress_bar(
+    store: SQLStore, batch: int, max_batches: int | None
+) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal; nothing elsewhere, and no counting beforehand."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from wsgi_idempotency.checkup import count_expired
+
+    with store.engine.connect() as connection:
+        total = count_expired(connection)
+    if max_batches is not None:
+        total = min(total, batch * max_batches)
+    with click.progressbar(length=total, label="Deleting", file=sys.stderr) as bar:
+        yield bar.update
+
+
+@main.command()
+def demo() -> None:
+    """Serve a small shop whose Pay button you may double-tap."""
