@@ -14,9 +14,8 @@ from servers.postgres import (
     postgres_for_tests,
     private_postgres,
 )
-from sqlalchemy import create_engine, insert
 
-from wsgi_idempotency.stores import tables
+from wsgi_idempotency.schema import upgrade
 
 #: The version of the server that a test ran on, as a property of its report.
 PROPERTY = "postgresql"
@@ -70,7 +69,7 @@ def pg_url(on_postgresql: None, postgres: Postgres) -> Iterator[str]:
 def schema_template(postgres: Postgres) -> Iterator[str]:
     """The name of a database that has our schema, for copying."""
     url = postgres.create_database()
-    create_schema(url)
+    upgrade(url)
     yield database_of(url)
     postgres.drop_database(url)
 
@@ -87,15 +86,6 @@ def pg_database(on_postgresql: None, postgres: Postgres, schema_template: str) -
 def sqlite_url(tmp_path: Path) -> str:
     """The URL of an SQLite file that doesn't exist yet."""
     return f"sqlite:///{tmp_path / 'keys.db'}"
-
-
-def create_schema(url: str) -> None:
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        tables.metadata.create_all(connection)
-        tables.version_table.create(connection)
-        connection.execute(insert(tables.version_table).values(version_num=tables.SCHEMA_REVISION))
-    engine.dispose()
 
 
 def pytest_configure(config: pytest.Config) -> None:
