@@ -39,8 +39,16 @@ class StoreUnavailable(StoreError):
     """Raised when a store can't be reached, has no connection free, or refuses to answer in time."""
 
 
+class AnswerLost(StoreUnavailable):
+    """Raised when a store broke off while it was asked: it may or may not have done it."""
+
+
 class SchemaError(StoreUnavailable):
     """Raised when the store's schema is missing or older than this release needs."""
+
+
+class NotStorable(StoreError):
+    """Raised when a store refuses a record because of its size or content."""
 
 
 class CorruptRecord(StoreError):

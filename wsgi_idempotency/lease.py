@@ -32,7 +32,7 @@ _FIRST_RETRY = 0.5  # seconds until an unfinished completion is tried again; dou
 @dataclass(slots=True)
 class _Kept:
     claim: Claim
-    operation: Operation
+    operation: Operation | None
     renew_at: float
     give_up_at: float
     finish: Finish | None = None
@@ -83,6 +83,13 @@ class Heartbeat:
         now = time.monotonic()
         self._add(_Kept(claim, operation, now, now + claim.retention, finish, now + _FIRST_RETRY))
 
+    def undo_later(self, claim: Claim, undo: Finish) -> None:
+        """Call ``undo`` until it answers: whether the claim was made can't be told now,
+        and nobody runs the operation it would stand for."""
+        now = time.monotonic()
+        give_up_at = now + claim.lease  # it has lapsed by then
+        self._add(_Kept(claim, None, float("inf"), give_up_at, undo, now + _FIRST_RETRY))
+
     def flush(self) -> None:
         """At the end of the process: finish what is left, once, and say what could not be."""
         if self._changed is None:
@@ -90,7 +97,7 @@ class Heartbeat:
         with self._changed:
             left = [kept for kept in self._kept.values() if kept.finish is not None]
         for kept in left:
-            if not self._finish(self._changed, kept):
+            if not self._finish(self._changed, kept) and kept.operation is not None:
                 claim = kept.claim
                 logger.critical(
                     "%s %s was run, and the store could not be told before this process ended:"
@@ -141,19 +148,25 @@ class Heartbeat:
                 logger.exception("the heartbeat failed; it goes on")
 
     def _beat(self, changed: threading.Condition, due: list[_Kept], now: float) -> None:
-        for kept in due:
-            if kept.finish_at <= now and not self._finish(changed, kept):
-                kept.backoff = min(kept.backoff * 2, kept.claim.lease / 3)
-                kept.finish_at = time.monotonic() + kept.backoff
         with changed:
             for kept in due:
                 if kept.give_up_at <= now:
                     self._kept.pop(kept.claim.token, None)
-                    logger.error("gave up keeping %r after its whole retention", kept.operation)
+                    if kept.operation is not None:
+                        logger.error("gave up keeping %r after its retention", kept.operation)
             # All of them, not only the due: it is one statement in either case.
-            renew = list(self._kept.values()) if any(kept.renew_at <= now for kept in due) else []
-        if renew:
+            renew = [kept for kept in self._kept.values() if kept.operation is not None]
+            finish = [kept for kept in self._kept.values() if kept.finish_at <= now]
+        if any(kept.renew_at <= now for kept in renew):
             self._renew(changed, renew)
+        reached = True
+        for kept in finish:
+            # Once the store can't be reached, each further try would cost its time-out,
+            # and the leases of the others run meanwhile.
+            reached = reached and self._finish(changed, kept)
+            if not reached:
+                kept.backoff = min(kept.backoff * 2, kept.claim.lease / 3)
+                kept.finish_at = time.monotonic() + kept.backoff
 
     def _renew(self, changed: threading.Condition, renew: list[_Kept]) -> None:
         try:
@@ -172,24 +185,27 @@ class Heartbeat:
                     # One that was stopped meanwhile was finished, not lost.
                     lost = self._kept.pop(kept.claim.token, None) is not None
                 if lost:
-                    kept.operation.lost = True
-                    self._on_lost(kept.operation)
+                    self._tell_lost(kept)
 
     def _finish(self, changed: threading.Condition, kept: _Kept) -> bool:
         assert kept.finish is not None
         try:
             done = kept.finish()
         except Exception as exc:
-            logger.warning("%r can't be finished yet: %s", kept.operation, exc)
+            logger.warning("the end of %s can't be recorded yet: %s", kept.claim.digest.hex(), exc)
             return False
         with changed:
             self._kept.pop(kept.claim.token, None)
         if done:
-            logger.info("%r was finished late", kept.operation)
+            logger.info("the end of %s was recorded late", kept.claim.digest.hex())
         else:
+            self._tell_lost(kept)
+        return True
+
+    def _tell_lost(self, kept: _Kept) -> None:
+        if kept.operation is not None:
             kept.operation.lost = True
             self._on_lost(kept.operation)
-        return True
 
 
 _heartbeats: weakref.WeakSet[Heartbeat] = weakref.WeakSet()

@@ -23,7 +23,9 @@ class Store(Protocol):
       :class:`~wsgi_idempotency.errors.StoreUnavailable`, whether or not the first
       call took effect.
     - A store that can't be reached raises
-      :class:`~wsgi_idempotency.errors.StoreUnavailable` within a bounded time.
+      :class:`~wsgi_idempotency.errors.StoreUnavailable` within a bounded time; where it
+      broke off in the middle, so that the call may have taken effect,
+      :class:`~wsgi_idempotency.errors.AnswerLost`.
     - It may be constructed before a fork and used after it, in parent and child.
     """
 
@@ -66,6 +68,8 @@ class Store(Protocol):
         recorded, and the answer is True.
 
         :returns: False when the claim was lost; nothing has changed then.
+        :raises NotStorable: the store can't take this response, because of its size or
+            content; the claim stands.
         :raises StoreUnavailable: the store can't be reached; it may have been recorded.
         """
 

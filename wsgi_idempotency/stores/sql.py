@@ -27,8 +27,10 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from wsgi_idempotency.errors import (
+    AnswerLost,
     ConfigurationError,
     CorruptRecord,
+    NotStorable,
     SchemaError,
     StoreError,
     StoreUnavailable,
@@ -475,8 +477,8 @@ class SQLStore:
             logger.info("a pooled connection to %r was dead; trying a new one", self)
         try:
             return self._once(work)
-        except _Disconnected as exc:
-            raise StoreUnavailable(f"the connection to {self!r} was lost") from exc.__cause__
+        except (_Disconnected, StoreUnavailable) as exc:
+            raise AnswerLost(f"the connection to {self!r} was lost: {exc}") from exc
 
     def _once(self, work: Callable[[_Run], _T]) -> _T:
         connection, driver = self._checkout()
@@ -487,10 +489,12 @@ class SQLStore:
                 connection.invalidate(exc)
                 # The others in the pool were opened to the same server.
                 self.engine.dispose()
-                raise _Disconnected from exc
+                raise _Disconnected(_first_line(exc)) from exc
             raise self._translate(exc) from exc
         except StoreError:
             raise
+        except OverflowError as exc:
+            raise NotStorable(f"{self!r} refused: {_first_line(exc)}") from exc
         except BaseException:
             # A greenlet killed or a thread interrupted in the middle of a round trip:
             # what the connection would answer next is not known.
@@ -521,12 +525,15 @@ class SQLStore:
     def _is_disconnect(self, exc: Exception, driver: Any) -> bool:
         return self.engine.dialect.is_disconnect(exc, driver, None)  # type: ignore[arg-type]
 
-    def _translate(self, exc: Exception) -> StoreUnavailable:
+    def _translate(self, exc: Exception) -> StoreError:
         if _sqlstate(exc) in _NO_SCHEMA or str(exc).startswith(("no such table", "no such column")):
             self._verified = False
             return SchemaError(self._upgrade_hint("The schema is missing or old"))
         sqlstate = _sqlstate(exc) or "no SQLSTATE"
-        return StoreUnavailable(f"{self!r} refused: {_first_line(exc)} ({sqlstate})")
+        said = f"{self!r} refused: {_first_line(exc)} ({sqlstate})"
+        if isinstance(exc, self.engine.dialect.loaded_dbapi.DataError) or sqlstate in _TOO_BIG:
+            return NotStorable(said)
+        return StoreUnavailable(said)
 
     def _make_engine(self) -> Engine:
         if self._postgresql:
@@ -682,6 +689,9 @@ def database_url(database: str | URL) -> URL:
 _SERIALIZATION = frozenset({"40001", "40P01"})
 # undefined_table, undefined_column, invalid_schema_name.
 _NO_SCHEMA = frozenset({"42P01", "42703", "3F000"})
+
+# program_limit_exceeded, and internal_error: "invalid memory alloc request size".
+_TOO_BIG = frozenset({"54000", "XX000"})
 
 
 def _sqlstate(exc: BaseException) -> str | None:

@@ -1,0 +1,648 @@
+"""The way of one request, top to bottom.
+
+``__call__`` lets pass what no policy covers. ``_Request.answer`` finds the key, whose it
+is, the body and the claim; ``_Execution.run`` runs the handler under the claim. Every
+rule they apply is a function of another file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from werkzeug.exceptions import HTTPException
+from werkzeug.routing import Map, RequestRedirect, Rule
+
+from wsgi_idempotency import fingerprint, key, problems, protocol, scope
+from wsgi_idempotency.body import Body
+from wsgi_idempotency.capture import Capture, Headers, Passing, Whole, play
+from wsgi_idempotency.errors import (
+    AnswerLost,
+    BodyError,
+    BodyTooLarge,
+    ConfigurationError,
+    IncompleteBody,
+    InvalidKey,
+    LengthRequired,
+    NotStorable,
+    StoreError,
+    StoreUnavailable,
+)
+from wsgi_idempotency.events import Event, Observer, Observers
+from wsgi_idempotency.headers import replayable, sendable, unsendable
+from wsgi_idempotency.lease import Heartbeat
+from wsgi_idempotency.operation import ENVIRON_KEY, Operation, running
+from wsgi_idempotency.policy import Policy, Route
+from wsgi_idempotency.problems import Problem, Renderer, problem
+from wsgi_idempotency.protocol import Action, Outcome
+from wsgi_idempotency.records import Claim, Claimed, Completion, Record
+from wsgi_idempotency.stores import open_store
+
+if TYPE_CHECKING:
+    from _typeshed import OptExcInfo
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from sqlalchemy import Engine
+
+    from wsgi_idempotency.stores.base import Store
+
+logger = logging.getLogger("wsgi_idempotency")
+
+_T = TypeVar("_T")
+
+#: Seconds between two looks of a waiting duplicate: well under the 100 ms within which
+#: it is to replay, and with ``max_waiting`` of 8 about 200 index look-ups a second.
+_LOOK_EVERY = 0.04
+
+#: Statuses a client must not retry although SDKs would: on a replay the same comes again.
+_RETRIED_BY_SDKS = frozenset({408, 409, 429})
+
+
+class IdempotencyMiddleware:
+    """Runs each operation named by an idempotency key once, and replays its response.
+
+    :param app: the WSGI application.
+    :param store: where records live: ``"postgresql+psycopg://..."``, ``"sqlite:///..."``,
+        ``"memory:"``, an :class:`sqlalchemy.Engine`, or a
+        :class:`~wsgi_idempotency.stores.base.Store`.
+    :param scope: whose key it is, ``(environ) -> str``. None or an exception refuses the
+        request. ``everyone`` is for applications whose clients are one party.
+    :param policy: how operations are protected; None protects only the routes.
+    :param routes: policies of single routes; the first that matches counts.
+    :param on_event: observers, ``(Event) -> None``; what they raise is logged.
+    :param render_problem: how refusals look, ``(Problem, environ) -> WSGI application``.
+    :param max_waiting: duplicates that wait at once in a process; more get 409 at once.
+    :param secret: keys the digests with HMAC, so that who reads the table can't guess
+        what they were made of; at least 16 bytes, the same on every host, kept for as
+        long as the retention.
+    :raises ConfigurationError: an option makes no sense; the message says what would.
+
+    Nothing is connected at construction. The way of a request is in
+    draft-ietf-httpapi-idempotency-key-header-07, section 2.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        store: str | Engine | Store,
+        *,
+        scope: Callable[[WSGIEnvironment], str | None],
+        policy: Policy | None = Policy(),  # noqa: B008  frozen
+        routes: Sequence[Route] = (),
+        on_event: Observer | Iterable[Observer] = (),
+        render_problem: Renderer = problems.rfc9457,
+        max_waiting: int = 8,  # a waiting duplicate occupies a worker thread
+        secret: bytes | str | None = None,
+    ) -> None:
+        for name, value in (("app", app), ("scope", scope), ("render_problem", render_problem)):
+            if not callable(value):
+                raise ConfigurationError(f"{name} is {value!r}, which can't be called")
+        if policy is not None and not isinstance(policy, Policy):
+            raise ConfigurationError(
+                f"policy is {policy!r}; use a Policy, or None for routes alone"
+            )
+        if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 0:
+            raise ConfigurationError(f"max_waiting is {max_waiting!r}; use a whole number from 0")
+        self.app = app
+        self.store = open_store(store)
+        self.scope = scope
+        self.policy = policy
+        self.observers = Observers(on_event)
+        self.render_problem = render_problem
+        self.secret = _secret(secret)
+        self.heartbeat = Heartbeat(self.store, self._lost)
+        self.waiting = threading.BoundedSemaphore(max_waiting) if max_waiting else None
+        self._routes = [(_matcher(route), route.policy) for route in routes]
+        policies = [policy, *(route.policy for route in routes)]
+        self._methods = frozenset().union(*(p.methods for p in policies if p is not None))
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        policy = self._policy_of(environ)
+        if policy is None:
+            return self.app(environ, start_response)
+        return _Request(self, policy, environ, start_response).answer()
+
+    def _policy_of(self, environ: WSGIEnvironment) -> Policy | None:
+        method = environ["REQUEST_METHOD"].upper()
+        if method not in self._methods or ENVIRON_KEY in environ:
+            return None
+        for matches, policy in self._routes:
+            if matches(environ):
+                break
+        else:
+            policy = self.policy
+        return policy if policy is not None and method in policy.methods else None
+
+    def _lost(self, operation: Operation) -> None:
+        logger.warning(
+            "%r has lost its claim to another worker: its response won't be recorded", operation
+        )
+
+
+class _Refused(Exception):
+    """Raised when the handler must not run; carries what the client is told."""
+
+    def __init__(self, problem: Problem, event: str = "refused") -> None:
+        super().__init__(problem.code)
+        self.problem = problem
+        self.event = event
+
+
+class _Request:
+    """One request that a policy covers."""
+
+    def __init__(
+        self,
+        middleware: IdempotencyMiddleware,
+        policy: Policy,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+    ) -> None:
+        self.middleware = middleware
+        self.policy = policy
+        self.environ = environ
+        self.start_response = start_response
+        self.body = Body(environ, policy.max_request_bytes)
+        self._method = environ["REQUEST_METHOD"].upper()
+        self._path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+        self._digest = ""
+
+    def answer(self) -> Iterable[bytes]:
+        try:
+            found = self._find_key()
+            if found is not None:
+                whose = self._find_scope()
+                self._extract("body", self.body.read)
+                claim = self._make_claim(found, whose)
+                standing = self._obtain(claim)
+        except _Refused as refused:
+            return self._refuse(refused)
+        except Exception as exc:
+            return self._without_store(exc)
+        if found is None:
+            return self._pass_through()
+        if isinstance(standing, protocol.Replay):
+            return self._replay(standing)
+        operation = Operation(
+            claim,
+            key=found,
+            scope=whose,
+            attempt=standing.attempt,
+            secret=self.middleware.secret,
+        )
+        return _Execution(self, claim, operation).run()
+
+    # ------------------------------------------------------------ what the request says
+
+    def _find_key(self) -> str | None:
+        """:raises _Refused: there is one that can't be used, or none where one is required."""
+        try:
+            found = self._extract("key", key.extract, self.policy.key, self.environ, self.body)
+        except InvalidKey as exc:
+            raise _Refused(problem("INVALID_KEY", detail=str(exc))) from exc
+        if found is None:
+            if self.policy.required:
+                raise _Refused(problem("MISSING_KEY"))
+            return None
+        longest = self.policy.max_key_length
+        if len(found.encode()) > longest:
+            detail = f"The idempotency key is longer than {longest} bytes. Use a shorter one."
+            raise _Refused(problem("KEY_TOO_LONG", detail=detail))
+        return found
+
+    def _find_scope(self) -> str:
+        found = self._extract("scope", scope.find, self.middleware.scope, self.environ)
+        if found is None:
+            raise _Refused(problem("MISSING_SCOPE"))
+        return found
+
+    def _make_claim(self, idempotency_key: str, whose: str) -> Claim:
+        policy, secret = self.policy, self.middleware.secret
+        digest = fingerprint.key_digest(
+            secret=secret,
+            namespace=policy.namespace,
+            scope=whose,
+            method=self._method,
+            path=self._path,
+            key=idempotency_key,
+        )
+        self._digest = digest.hex()
+        version = fingerprint.version_of(policy.fingerprint)
+        return Claim(
+            digest=digest,
+            token=os.urandom(16),
+            fingerprint=self._fingerprint(version),
+            fingerprint_version=version,
+            scope=scope.for_people(whose, secret),
+            key=scope.printable(idempotency_key),
+            method=scope.printable(self._method),
+            path=scope.printable(self._path),
+            lease=policy.lease_seconds,
+            retention=policy.retention_seconds,
+            lapse=policy.lapse,
+        )
+
+    def _fingerprint(self, version: int) -> bytes:
+        return self._extract(
+            "fingerprint",
+            fingerprint.compute,
+            version,
+            self.policy.fingerprint,
+            self.environ,
+            self.body,
+            self.middleware.secret,
+        )
+
+    def _extract(self, what: str, extractor: Callable[..., _T], *args: object) -> _T:
+        """Call what the operator gave us, and fail closed."""
+        try:
+            return extractor(*args)
+        except InvalidKey:
+            raise
+        except BodyError as exc:
+            raise _Refused(problem(_BODY_CODES[type(exc)])) from exc
+        except Exception as exc:
+            logger.exception("the %s of a request could not be found; it was not run", what)
+            raise _Refused(problem("EXTRACTOR_FAILED")) from exc
+
+    # ------------------------------------------------------------ the claim
+
+    def _obtain(self, claim: Claim) -> Claimed | protocol.Replay:
+        """The claim, or the response of the operation that is done.
+
+        Looks again until it has one of them, for as long as the policy lets it wait.
+
+        :raises _Refused: neither is to be had.
+        :raises StoreError: the store could not say.
+        """
+        store = self.middleware.store
+        wait = _Wait(self.middleware.waiting, self.policy.wait_seconds)
+        try:
+            while True:
+                with self._undoing(claim, store.forget):
+                    answer = store.claim(claim)
+                if isinstance(answer, Claimed):
+                    return answer
+                decision = protocol.decide(answer, self._fingerprint_like(answer, claim))
+                if isinstance(decision, protocol.Replay):
+                    return decision
+                if isinstance(decision, protocol.TakeOver):
+                    with self._undoing(claim, store.release):
+                        taken = store.take_over(claim, decision.seen)
+                    if taken is not None:
+                        self.tell("taken_over", attempt=taken.attempt)
+                        return taken
+                elif not (isinstance(decision, protocol.InFlight) and wait.a_little()):
+                    raise self._refusal(decision)
+        finally:
+            if wait.seconds is not None:
+                self.tell("waited", seconds=wait.seconds)
+            wait.over()
+
+    @contextmanager
+    def _undoing(self, claim: Claim, undo: Callable[[bytes, bytes], bool]) -> Iterator[None]:
+        """A claim whose answer was lost may have been made. Nobody runs it now, so it is
+        undone when the store is back; otherwise a policy that holds a lapse would hold
+        an operation that never began."""
+        try:
+            yield
+        except BaseException as exc:
+            if isinstance(exc, AnswerLost) or not isinstance(exc, Exception):
+                later = partial(undo, claim.digest, claim.token)
+                self.middleware.heartbeat.undo_later(claim, later)
+            raise
+
+    def _fingerprint_like(self, record: Record, claim: Claim) -> bytes:
+        """The request's fingerprint as the algorithm of the record's time makes it."""
+        if record.fingerprint_version == claim.fingerprint_version:
+            return claim.fingerprint
+        return self._fingerprint(record.fingerprint_version)
+
+    def _refusal(self, decision: protocol.Decision) -> _Refused:
+        if isinstance(decision, protocol.InFlight):
+            seconds = protocol.retry_after(decision)
+            return _Refused(problem("CONFLICT", retry_after=seconds), "conflict")
+        if isinstance(decision, protocol.Mismatch):
+            return _Refused(problem("FINGERPRINT_MISMATCH"), "mismatch")
+        if isinstance(decision, protocol.NotReplayable):
+            location = ("Location", decision.location or "")
+            told = problem(
+                "RESPONSE_NOT_REPLAYABLE",
+                headers=(location,) if decision.location and sendable(location) else (),
+                extensions={"original_status": decision.status},
+            )
+            return _Refused(told, "not_replayable")
+        return _Refused(problem("OUTCOME_UNKNOWN"), "held")
+
+    # ------------------------------------------------------------ answers
+
+    def _pass_through(self) -> Iterable[bytes]:
+        self.body.hand_on()
+        return self.middleware.app(self.environ, self.start_response)
+
+    def _without_store(self, exc: Exception) -> Iterable[bytes]:
+        logger.error(
+            "no claim could be made for %s %s: %s",
+            self._method,
+            self._path,
+            exc,
+            exc_info=None if isinstance(exc, StoreError) else exc,
+        )
+        self.tell("store_failure", exception=exc)
+        if self.policy.on_store_failure == "refuse" or not isinstance(exc, StoreUnavailable):
+            # Spread, so that clients don't come back all at once.
+            seconds = random.randint(1, 5)  # noqa: S311
+            return self._refuse(_Refused(problem("STORE_UNAVAILABLE", retry_after=seconds)))
+        self.tell("unprotected")
+        self.body.hand_on()
+        marked = _adding(self.start_response, [("Idempotency-Status", "unprotected")])
+        return self.middleware.app(self.environ, marked)
+
+    def _refuse(self, refused: _Refused) -> Iterable[bytes]:
+        told = refused.problem
+        self.tell(refused.event, code=told.code, exception=refused.__cause__)
+        added = [("Cache-Control", "no-store"), *_should_retry(told.retryable)]
+        if told.retry_after is not None:
+            added.append(("Retry-After", str(told.retry_after)))
+        try:
+            app = self.middleware.render_problem(told, self.environ)
+        except Exception:
+            logger.exception("render_problem failed on %s; sent as RFC 9457 has it", told.code)
+            app = problems.rfc9457(told, self.environ)
+        return app(self.environ, _adding(self.start_response, added))
+
+    def _replay(self, replay: protocol.Replay) -> Iterable[bytes]:
+        self.tell("replayed")
+        extra = [("Idempotency-Replayed", "true")]
+        status = int(replay.response.status[:3])
+        if status >= 500 or status in _RETRIED_BY_SDKS:
+            extra += _should_retry(False)
+        return play(replay.response, extra, self.environ, self.start_response)
+
+    def respond(self, whole: Whole) -> Iterable[bytes]:
+        self.start_response(whole.status, whole.headers)
+        return [whole.body]
+
+    def winner(self, claim: Claim) -> Iterable[bytes]:
+        """For a client whose own handler was overtaken: the response of the one that counts."""
+        decision: protocol.Decision = protocol.OutcomeUnknown()
+        try:
+            record = self.middleware.store.lookup(claim.digest)
+            if record is not None:
+                decision = protocol.decide(record, self._fingerprint_like(record, claim))
+        except (StoreError, _Refused):
+            logger.exception("who overtook %s %s can't be told", self._method, self._path)
+        if isinstance(decision, protocol.Replay):
+            return self._replay(decision)
+        return self._refuse(self._refusal(decision))
+
+    def tell(
+        self,
+        name: str,
+        *,
+        attempt: int | None = None,
+        code: str | None = None,
+        action: str | None = None,
+        seconds: float | None = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        if self.middleware.observers:
+            event = Event(
+                name=name,
+                method=self._method,
+                path=self._path,
+                key_digest=self._digest,
+                attempt=attempt,
+                code=code,
+                action=action,
+                seconds=seconds,
+                exception=exception,
+            )
+            self.middleware.observers.tell(event)
+
+
+class _Execution:
+    """One run of the handler under a claim, and what becomes of the claim."""
+
+    def __init__(self, request: _Request, claim: Claim, operation: Operation) -> None:
+        self._request = request
+        self._claim = claim
+        self._operation = operation
+        self._store = request.middleware.store
+        self._heartbeat = request.middleware.heartbeat
+        self._started = time.monotonic()
+        self._at_the_end: Action | None = None
+
+    def run(self) -> Iterable[bytes]:
+        request = self._request
+        request.environ[ENVIRON_KEY] = self._operation
+        request.body.hand_on()
+        capture = Capture(
+            limit=request.policy.max_response_bytes,
+            start_response=request.start_response,
+            operation=self._operation,
+            running=running,
+            before_first_byte=self._before_first_byte,
+            after_last_byte=self._after_last_byte,
+        )
+        try:
+            self._heartbeat.start(self._claim, self._operation)
+            answer = capture.run(request.middleware.app, request.environ)
+        except BaseException as exc:
+            # Also GreenletExit, SystemExit and KeyboardInterrupt: the handler is over.
+            if not capture.passing:
+                self._end(self._action(Outcome(exception=exc)))
+            raise
+        if isinstance(answer, Passing):
+            return answer.body
+        if isinstance(answer, Whole) and self._settle(answer):
+            return request.respond(answer)
+        return request.winner(self._claim)
+
+    # ------------------------------------------------------------ settling
+
+    def _settle(self, whole: Whole) -> bool:
+        """False when somebody has overtaken this handler, whose answer doesn't count then."""
+        status = int(whole.status[:3])
+        action = self._action(Outcome(status=status))
+        if action is not Action.STORE:
+            self._end(action)
+            return True
+        reason = unsendable(whole.status, whole.headers)
+        if reason is None and status in protocol.OF_ONE_RANGE:
+            reason = protocol.ONE_RANGE
+        return self._record(whole.status, whole.headers, whole.body, reason)
+
+    def _before_first_byte(self, status: str, headers: Headers, reason: str) -> bool:
+        """An answer that can't be held back: done is done, before its first byte is out.
+
+        What is not to be stored keeps its claim until the last byte, so that no retry
+        runs beside the handler.
+        """
+        action = self._action(Outcome(status=int(status[:3])))
+        if action is Action.STORE:
+            return self._record(status, headers, b"", reason)
+        self._at_the_end = action
+        return True
+
+    def _after_last_byte(self) -> None:
+        if self._at_the_end is not None:
+            self._end(self._at_the_end)
+
+    def _action(self, outcome: Outcome) -> Action:
+        overrule = self._operation.overrule
+        try:
+            return protocol.settle(outcome, self._request.policy.outcomes, overrule)
+        except Exception:
+            logger.exception("outcomes failed on %r: it is stored, or held", outcome)
+            return protocol.settle(outcome, protocol.store_everything, overrule)
+
+    def _record(self, status: str, headers: Headers, body: bytes, reason: str | None) -> bool:
+        kept = replayable(
+            (pair for pair in headers if sendable(pair)), self._request.policy.replay_headers
+        )
+        if unsendable(status, ()):
+            status = status[:3]
+        completion = Completion(status, kept, None if reason else body, reason)
+        digest, token = self._claim.digest, self._claim.token
+        try:
+            return self._finish(
+                Action.STORE, lambda: self._store.complete(digest, token, completion)
+            )
+        except NotStorable as exc:
+            logger.exception("the response of %r can't be stored", self._operation)
+            completion = Completion(status, (), None, f"the store refused it: {exc}")
+            return self._finish(
+                Action.STORE, lambda: self._store.complete(digest, token, completion)
+            )
+
+    def _end(self, action: Action) -> None:
+        ends = {
+            Action.FORGET: self._store.forget,
+            Action.RELEASE: self._store.release,
+            Action.HOLD: self._store.hold,
+        }
+        self._finish(action, lambda: ends[action](self._claim.digest, self._claim.token))
+
+    def _finish(self, action: Action, finish: Callable[[], bool]) -> bool:
+        """Tell the store, now or later; False when the claim was lost.
+
+        The handler has run: a store that can't be reached must not turn its answer into
+        an error, nor lose the claim. The heartbeat keeps it and tries again.
+        """
+        seconds = time.monotonic() - self._started
+        self._heartbeat.stop(self._claim)
+        try:
+            kept = finish()
+        except NotStorable:
+            raise
+        except BaseException as exc:
+            self._heartbeat.finish_later(self._claim, self._operation, finish)
+            logger.error("%r was run, and will be recorded later: %s", self._operation, exc)
+            self._request.tell("store_failure", exception=exc, attempt=self._operation.attempt)
+            if not isinstance(exc, Exception):
+                raise
+            kept = True
+        if not kept:
+            self._operation.lost = True
+            self._request.tell("fenced", attempt=self._operation.attempt)
+        self._request.tell(
+            "executed", attempt=self._operation.attempt, action=action.value, seconds=seconds
+        )
+        return kept
+
+
+class _Wait:
+    """A duplicate's patience: bounded in time, and in how many have any at once."""
+
+    def __init__(self, places: threading.BoundedSemaphore | None, seconds: float) -> None:
+        self._places = places
+        self._patience = seconds
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it has waited, or None."""
+        return None if self._started is None else time.monotonic() - self._started
+
+    def a_little(self) -> bool:
+        """Sleep until the next look; False when there is nothing to wait for any more."""
+        if self._started is None:
+            if not self._patience or self._places is None or not self._places.acquire(False):
+                return False
+            self._started = time.monotonic()
+        left = self._started + self._patience - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(_LOOK_EVERY, left))
+        return True
+
+    def over(self) -> None:
+        if self._started is not None and self._places is not None:
+            self._places.release()
+
+
+_BODY_CODES = {
+    LengthRequired: "LENGTH_REQUIRED",
+    BodyTooLarge: "BODY_TOO_LARGE",
+    IncompleteBody: "INCOMPLETE_BODY",
+}
+
+
+def _should_retry(retry: bool) -> list[tuple[str, str]]:
+    value = "true" if retry else "false"
+    return [("X-Should-Retry", value), ("Stripe-Should-Retry", value)]
+
+
+def _adding(start_response: StartResponse, added: Headers) -> StartResponse:
+    """A start_response that adds header fields, in place of those of the same name."""
+    names = {name.lower() for name, _ in added}
+
+    def adding(
+        status: str, headers: Headers, exc_info: OptExcInfo | None = None, /
+    ) -> Callable[[bytes], object]:
+        others = [pair for pair in headers if pair[0].lower() not in names]
+        if exc_info is None:
+            return start_response(status, [*others, *added])
+        return start_response(status, [*others, *added], exc_info)
+
+    return adding
+
+
+def _matcher(route: Route) -> Callable[[WSGIEnvironment], bool]:
+    """A map of its own for each route: a shared one would order the rules by weight, and
+    here the first that was listed counts."""
+    try:
+        adapter = Map([Rule(route.rule, endpoint="")], strict_slashes=False).bind("localhost")
+    except (ValueError, LookupError) as exc:
+        raise ConfigurationError(f"the rule {route.rule!r} can't be used: {exc}") from exc
+
+    def matches(environ: WSGIEnvironment) -> bool:
+        if route.methods is not None and environ["REQUEST_METHOD"].upper() not in route.methods:
+            return False
+        path = environ.get("PATH_INFO", "").encode("latin-1").decode(errors="replace")
+        try:
+            adapter.match(path or "/")
+        except RequestRedirect:
+            return True  # a doubled slash: the application may take it all the same
+        except HTTPException:
+            return False
+        return True
+
+    return matches
+
+
+def _secret(secret: bytes | str | None) -> bytes | None:
+    if isinstance(secret, str):
+        secret = secret.encode()
+    if secret is None:
+        return None
+    if not isinstance(secret, bytes) or len(secret) < 16:
+        raise ConfigurationError("secret is too short; use at least 16 random bytes")
+    return secret
