@@ -84,8 +84,9 @@ class Heartbeat:
         self._add(_Kept(claim, operation, now, now + claim.retention, finish, now + _FIRST_RETRY))
 
     def undo_later(self, claim: Claim, undo: Finish) -> None:
-        """Call ``undo`` until it answers: whether the claim was made can't be told now,
-        and nobody runs the operation it would stand for."""
+        """Call ``undo`` until it has undone something or the lease is over: whether the claim
+        was made can't be told now (a statement that timed out may still be on its way), and
+        nobody runs the operation it would stand for."""
         now = time.monotonic()
         give_up_at = now + claim.lease  # it has lapsed by then
         self._add(_Kept(claim, None, float("inf"), give_up_at, undo, now + _FIRST_RETRY))
@@ -194,6 +195,10 @@ class Heartbeat:
         except Exception as exc:
             logger.warning("the end of %s can't be recorded yet: %s", kept.claim.digest.hex(), exc)
             return False
+        if kept.operation is None and not done:
+            kept.backoff *= 2
+            kept.finish_at = time.monotonic() + kept.backoff
+            return True
         with changed:
             self._kept.pop(kept.claim.token, None)
         if done:

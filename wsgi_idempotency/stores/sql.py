@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import sqlalchemy
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -343,8 +343,10 @@ class SQLStore:
     :param create: create the tables on first use when there are none. The default does
         so on SQLite, and leaves PostgreSQL to ``wsgi-idempotency upgrade``.
     :param timeout: seconds a call waits at most for a connection to open, for one to
-        come free from the pool, and on SQLite for a lock (``busy_timeout``). An Engine
-        keeps its own pool's settings.
+        come free from the pool, for the answer to a statement, and on SQLite for a lock
+        (``busy_timeout``). An Engine keeps its own settings: give its pool a
+        ``pool_timeout`` and its connections a ``connect_timeout``, ``statement_timeout``
+        and ``tcp_user_timeout``.
     :param pool_size: connections a process keeps at most. A connection is held for one
         statement, never while the application runs.
     :param prepare: use server-side prepared statements. Switch off behind a PgBouncer
@@ -469,7 +471,8 @@ class SQLStore:
 
         A pooled connection may have died since it was last used (the server was
         restarted). Nobody asks it beforehand; the work, which every method of the
-        contract may repeat, is done again on a new connection, once.
+        contract may repeat, is done again on a new connection, once. Not after a
+        time-out: the server is there and does not answer.
         """
         try:
             return self._once(work)
@@ -489,6 +492,8 @@ class SQLStore:
                 connection.invalidate(exc)
                 # The others in the pool were opened to the same server.
                 self.engine.dispose()
+                if _timed_out(exc):
+                    raise AnswerLost(f"{self!r} gave {_first_line(exc)}") from exc
                 raise _Disconnected(_first_line(exc)) from exc
             raise self._translate(exc) from exc
         except StoreError:
@@ -554,6 +559,7 @@ class SQLStore:
                 pool_use_lifo=True,  # lets idle connections beyond the need go quiet
                 connect_args={k: v for k, v in defaults.items() if k not in self.url.query},
             )
+            event.listen(engine, "do_connect", self._connect_bounded)
         else:
             engine = create_engine(
                 self.url,
@@ -566,6 +572,15 @@ class SQLStore:
             )
             event.listen(engine, "connect", self._set_up_sqlite)
         return engine
+
+    def _connect_bounded(
+        self, dialect: object, record: object, args: list[Any], params: dict[str, Any]
+    ) -> DBAPIConnection:
+        from wsgi_idempotency.stores.psycopg3 import BoundedConnection
+
+        connection = BoundedConnection.connect(*args, **params)
+        connection.seconds = self._timeout
+        return cast("DBAPIConnection", connection)
 
     def _set_up_sqlite(self, connection: DBAPIConnection, record: object) -> None:
         """WAL lets replays read while a claim writes; FULL makes each commit survive a
@@ -692,6 +707,11 @@ _NO_SCHEMA = frozenset({"42P01", "42703", "3F000"})
 
 # program_limit_exceeded, and internal_error: "invalid memory alloc request size".
 _TOO_BIG = frozenset({"54000", "XX000"})
+
+
+def _timed_out(exc: BaseException) -> bool:
+    # By name: the class is in a module that needs psycopg.
+    return type(exc).__name__ == "TimedOut"
 
 
 def _sqlstate(exc: BaseException) -> str | None:

@@ -1,0 +1,56 @@
+"""A psycopg connection on which no statement waits for ever.
+
+PostgreSQL has ``statement_timeout`` for statements that run too long, but it is a session
+setting, which a pooler in transaction mode doesn't keep, and a server that has stopped
+(a frozen host, a stopped process) doesn't enforce it. ``tcp_user_timeout`` does not help
+either while the server's kernel still acknowledges. So the client watches its own clock.
+
+Imported only with a PostgreSQL store, since psycopg is an extra.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.waiting import Ready
+
+_T = TypeVar("_T")
+
+
+class TimedOut(psycopg.OperationalError):
+    """Raised when a statement had no answer in time; its connection is closed."""
+
+
+class BoundedConnection(psycopg.Connection[Any]):
+    """A connection that gives a statement up after ``seconds`` and closes itself."""
+
+    seconds = 5.0
+
+    def wait(self, gen: Generator[Any, Any, _T], *args: Any, **kwargs: Any) -> _T:
+        try:
+            return super().wait(_bounded(gen, self.seconds), *args, **kwargs)
+        except TimedOut:
+            # What the server may still answer belongs to nobody.
+            self.close()
+            raise
+
+
+def _bounded(gen: Generator[Any, Any, _T], seconds: float) -> Generator[Any, Any, _T]:
+    """``gen``, until it is through or time is up. psycopg asks it again with ``Ready.NONE``
+    several times a second while nothing comes."""
+    deadline = time.monotonic() + seconds
+    try:
+        state = next(gen)
+        while True:
+            ready = yield state
+            if ready == Ready.NONE and time.monotonic() > deadline:
+                raise TimedOut(f"no answer within {seconds:g} s")
+            state = gen.send(ready)
+    except StopIteration as done:
+        value: _T = done.value
+        return value
+    finally:
+        gen.close()
