@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -223,13 +224,19 @@ def test_up_and_down_and_up_again(url: str) -> None:
     assert catalog(url) == before
 
 
-def test_an_upgrade_that_fails_leaves_nothing_behind(url: str) -> None:
-    """Both statements of the first revision, and the version table, are one transaction."""
+@pytest.mark.parametrize("by", ["the command", "Alembic's command"])
+def test_an_upgrade_that_fails_leaves_nothing_behind(url: str, by: str) -> None:
+    """All statements of a revision, and the version table, are one transaction."""
     with connect(url) as connection, connection.begin():
         in_the_way = Table("ix_idempotency_keys_expires_at", MetaData(), Column("id", Integer))
         in_the_way.create(connection)
-    with pytest.raises(SQLAlchemyError):
-        upgrade(url)
+    if by == "the command":
+        with pytest.raises(SQLAlchemyError, match="ix_idempotency_keys_expires_at"):
+            upgrade(url)
+    else:
+        failed = run(PROGRAMS / "alembic", "-x", f"database={url}", "upgrade", "head")
+        assert failed.returncode != 0
+        assert "ix_idempotency_keys_expires_at" in failed.stderr
     assert table_names(url) == {"ix_idempotency_keys_expires_at"}
 
 
@@ -266,6 +273,13 @@ def test_upgrades_at_once_make_one_schema(url: str) -> None:
     assert befores == [*[tables.SCHEMA_REVISION] * 3, "none"]
     assert {found.after for found in done} == {tables.SCHEMA_REVISION}
     assert revision(url) == tables.SCHEMA_REVISION
+
+
+def test_several_databases_may_be_upgraded_at_once(tmp_path: Path) -> None:
+    """On threads of one process, where Alembic has one context for all of them."""
+    urls = [f"sqlite:///{tmp_path / str(number)}.db" for number in range(4)]
+    at_once(*[partial(upgrade, url) for url in urls])
+    assert [revision(url) for url in urls] == [tables.SCHEMA_REVISION] * 4
 
 
 def test_an_upgrade_and_a_first_request_at_once_make_one_schema(sqlite_url: str) -> None:
@@ -380,7 +394,7 @@ bystander = logging.getLogger("bystander")
 main(["-x", "database={sqlite_url}", "upgrade", "head"])
 assert not bystander.disabled
 """
-    done = run(sys.executable, "-c", program)
+    done = run(sys.executable, "-I", "-c", program)
     assert done.returncode == 0, done.stderr
     assert "Running upgrade  -> 0001" in done.stderr
 

@@ -5,6 +5,7 @@ SQLAlchemy and Alembic are imported when a function needs them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ DATABASE_VARIABLE = "WSGI_IDEMPOTENCY_DATABASE"
 #: that it works behind PgBouncer in transaction mode and goes with a connection that dies
 #: (PostgreSQL documentation, 13.3.5).
 POSTGRESQL_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('wsgi_idempotency.migrations', 0))"
+
+# Alembic keeps its context in globals: upgrades of two databases on two threads would each
+# send statements to the other's.
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,8 @@ def upgrade_connection(connection: Connection, revision: str = "head") -> Upgrad
     config.set_main_option("script_location", "wsgi_idempotency.migrations:")
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    command.upgrade(config, revision)
+    with _one_at_a_time:
+        command.upgrade(config, revision)
     return Upgrade(before, current_revision(connection))
 
 
