@@ -126,6 +126,6 @@ errors: type[Exception] = IdempotencyError
 # What a checker must refuse; warn_unused_ignores makes each line an assertion.
 IdempotencyMiddleware(app, "memory:")  # type: ignore[call-arg]
 IdempotencyMiddleware(app, "memory:", scope="alice")  # type: ignore[arg-type]
-Policy("POST")  # type: ignore[misc]
+Policy("POST")  # type: ignore[call-arg]
 Policy(lease="a minute")  # type: ignore[arg-type]
 Policy(namespace="everything")  # type: ignore[arg-type]
