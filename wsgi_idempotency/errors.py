@@ -36,7 +36,7 @@ class StoreError(IdempotencyError):
 
 
 class StoreUnavailable(StoreError):
-    """Raised when a store can't be reached, has no connection free, or refuses to answer in time."""
+    """Raised when a store can't be reached, has no connection free, or gives no answer in time."""
 
 
 class AnswerLost(StoreUnavailable):

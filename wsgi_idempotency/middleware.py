@@ -132,11 +132,8 @@ class IdempotencyMiddleware:
         method = environ["REQUEST_METHOD"].upper()
         if method not in self._methods or ENVIRON_KEY in environ:
             return None
-        for matches, policy in self._routes:
-            if matches(environ):
-                break
-        else:
-            policy = self.policy
+        matching = (policy for matches, policy in self._routes if matches(environ))
+        policy = next(matching, self.policy)
         return policy if policy is not None and method in policy.methods else None
 
     def _lost(self, operation: Operation) -> None:
@@ -357,7 +354,7 @@ class _Request:
         self.tell("store_failure", exception=exc)
         if self.policy.on_store_failure == "refuse" or not isinstance(exc, StoreUnavailable):
             # Spread, so that clients don't come back all at once.
-            seconds = random.randint(1, 5)  # noqa: S311
+            seconds = random.randint(1, 5)
             return self._refuse(_Refused(problem("STORE_UNAVAILABLE", retry_after=seconds)))
         self.tell("unprotected")
         self.body.hand_on()

@@ -92,7 +92,7 @@ class Policy:
                 )
         if not callable(self.key):
             raise ConfigurationError(
-                'key is not callable; use header("Idempotency-Key") or (environ, body) -> str or None'
+                'key is not callable; use header("Idempotency-Key") or (environ, body) -> str'
             )
         if self.fingerprint is not None and not callable(self.fingerprint):
             raise ConfigurationError("fingerprint is not callable; use exact, canonical or None")

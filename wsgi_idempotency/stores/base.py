@@ -80,7 +80,7 @@ class Store(Protocol):
         """Drop the row of a claim; False (and no change) when the claim was lost."""
 
     def hold(self, digest: bytes, token: bytes) -> bool:
-        """Keep everybody out until it is resolved; False (and no change) when the claim was lost."""
+        """Keep everybody out until it is resolved; False (and no change) when it was lost."""
 
     def renew(self, claims: Iterable[tuple[bytes, bytes, float]]) -> set[bytes]:
         """Extend leases: one statement for many (digest, token, lease in seconds).

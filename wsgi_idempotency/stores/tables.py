@@ -6,6 +6,7 @@ Alembic's revisions in ``migrations/`` create it; a test keeps the two equal.
 from __future__ import annotations
 
 from sqlalchemy import (
+    TIMESTAMP,
     CheckConstraint,
     Column,
     Float,
@@ -18,7 +19,6 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    TIMESTAMP,
 )
 
 #: The Alembic revision this release needs. Revisions are numbered, so that a newer
