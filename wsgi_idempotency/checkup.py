@@ -378,8 +378,9 @@ def judge_postgresql_table(unlogged: bool, autovacuum_off: bool) -> Iterator[Fin
 
 def check_sqlite(connection: Connection) -> Iterator[Finding]:
     yield from judge_sqlite_file(read_sqlite_file(connection))
-    # Raises where the file is read-only, or somebody keeps it locked.
+    # Raises where the file is read-only, which BEGIN alone doesn't, or somebody keeps it locked.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
+    connection.exec_driver_sql("CREATE TABLE wsgi_idempotency_check (id INTEGER)")
     connection.exec_driver_sql("ROLLBACK")
     yield Finding("writable", Verdict.OK, "yes")
     yield from check_schema(connection, made_on_first_use=True)

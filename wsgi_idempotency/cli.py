@@ -133,10 +133,8 @@ def upgrade(database: URL, revision: str) -> None:
         change = f"at {done.before}, which is newer than this release: nothing to do"
     elif done.before == done.after:
         change = f"at {done.after}: nothing to do"
-    elif done.before is None:
-        change = f"created at {done.after}"
     else:
-        change = f"upgraded from {done.before} to {done.after}"
+        change = f"upgraded from {done.before or 'nothing'} to {done.after}"
     click.echo(f"{database.render_as_string(hide_password=True)}: {change}")
 
 
@@ -234,29 +232,39 @@ def purge(database: URL, batch: int, sleep: float, max_batches: int | None) -> N
     Rows in flight, held, or within their retention stay. Requests are not blocked, and
     several purges may run at once.
     """
-    from sqlalchemy.exc import SQLAlchemyError
-
-    from wsgi_idempotency.checkup import reason, sqlite_file_exists
+    from wsgi_idempotency.checkup import sqlite_file_exists
     from wsgi_idempotency.stores.sql import SQLStore
 
     if database.get_backend_name() == "sqlite" and not sqlite_file_exists(database):
         raise click.ClickException(f"{database.database} doesn't exist. Is the path right?")
-    store = SQLStore(database, create=False)
-    deleted = 0
-    try:
+    # Seconds for one batch, which nobody waits for, unlike a request.
+    store = SQLStore(database, create=False, timeout=60.0)
+    with contextlib.closing(store), unavailable():
         store.check()
-        with progress_bar(store, batch, max_batches) as advance:
-            for count in delete_expired(store, batch, sleep, max_batches):
-                deleted += count
-                advance(count)
+        deleted = 0
+        try:
+            with progress_bar(store, batch, max_batches) as advance:
+                for count in delete_expired(store, batch, sleep, max_batches):
+                    deleted += count
+                    advance(count)
+        finally:
+            click.echo(f"{deleted} expired rows deleted")
+
+
+@contextlib.contextmanager
+def unavailable() -> Iterator[None]:
+    """Add what to do to what a database says that can't be used."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from wsgi_idempotency.checkup import reason
+
+    try:
+        yield
     except SchemaError:
-        raise
+        raise  # it has its advice
     except (StoreUnavailable, SQLAlchemyError) as exc:
         advice = "To see what is wrong, run: wsgi-idempotency check"
         raise click.ClickException(f"{reason(exc)}. {advice}") from exc
-    finally:
-        store.close()
-        click.echo(f"{deleted} expired rows deleted")
 
 
 def delete_expired(
