@@ -84,12 +84,16 @@ def running_demo(tmp_path: Path) -> Iterator[Demo]:
 # ---------------------------------------------------------------- the double tap
 
 
-def test_once_charges_the_protected_order_once_on_sqlite() -> None:
+def test_once_charges_the_protected_order_once_on_sqlite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file that is gone afterwards."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     result = CliRunner().invoke(demo, ["--once"])
 
     assert result.exit_code == 0, result.output
     assert_charged_once_under_protection(result.output)
-    assert not list(Path(tempfile.gettempdir()).glob("wsgi-idempotency-demo-*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_once_charges_the_protected_order_once_on_postgresql(pg_url: str) -> None:

@@ -66,7 +66,7 @@ async function send(mine, name) {
   } else if (response.status === 201) {
     show("201", `charged: ${body.id}`);
   } else if (response.status === 409 && wait > 0) {
-    show("409", `the first is still running; told to come back in ${wait} s`);
+    show("409", `another tap is still being charged; told to come back in ${wait} s`);
     return wait;
   } else {
     show(String(response.status), body.detail ?? body.error ?? "refused", "bad");
@@ -74,7 +74,11 @@ async function send(mine, name) {
   return null;
 }
 
+let asked = 0;
+let shown = 0;
+
 async function showLedger(mine) {
+  const turn = (asked += 1);
   let all, own;
   try {
     [all, own] = await Promise.all([
@@ -84,21 +88,28 @@ async function showLedger(mine) {
   } catch {
     return; // the request's own row says so
   }
+  if (turn < shown) return; // a later look was answered first
+  shown = turn;
   const orders = all.charges.map((charge) => charge.order);
   const rows = all.charges.map((charge) => {
-    const times = orders.filter((order) => order === charge.order).length;
+    const count = orders.filter((order) => order === charge.order).length;
     return [
       cell(charge.id),
       cell(charge.order),
       cell(`€${(charge.amount / 100).toFixed(2)}`),
       cell(charge.protected ? "on" : "off"),
-      cell(times > 1 ? `one of ${times} for this order` : "", { look: "bad" }),
+      cell(count > 1 ? `order charged ${times(count)}` : "", { look: "bad" }),
     ];
   });
   fill(element("ledger"), rows.length ? rows : [[cell("No charges yet.", { span: 5 })]]);
   if (mine !== purchase) return;
-  if (own.rows === 1) say(`Order ${mine.order} was charged once.`, "good");
-  if (own.rows > 1) say(`Order ${mine.order} was charged ${own.rows} times.`, "bad");
+  if (own.rows > 0) {
+    say(`Order ${mine.order} was charged ${times(own.rows)}.`, own.rows === 1 ? "good" : "bad");
+  }
+}
+
+function times(count) {
+  return { 1: "once", 2: "twice" }[count] ?? `${count} times`;
 }
 
 async function ledger(query) {
