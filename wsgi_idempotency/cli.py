@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
 import sys
@@ -271,10 +270,12 @@ def delete_expired(
     store: SQLStore, batch: int, sleep: float, max_batches: int | None
 ) -> Iterator[int]:
     """Purge batch by batch; each count as it is done."""
-    for number in itertools.count(1):
+    done = 0
+    while True:
         count = store.purge(batch)
         yield count
-        if count < batch or number == max_batches:
+        done += 1
+        if count < batch or done == max_batches:
             return
         time.sleep(sleep)
 

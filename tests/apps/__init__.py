@@ -1,0 +1,1 @@
+"""WSGI applications for the servers of the tests, and what the tests hold of them."""
