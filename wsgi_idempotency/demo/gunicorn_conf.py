@@ -13,3 +13,6 @@ threads = 8
 loglevel = "warning"
 proc_name = "wsgi-idempotency-demo"
 graceful_timeout = SECONDS + 2  # seconds; a charge that has begun is finished
+# Newer releases would otherwise make a folder in the home of whoever runs the demo, and
+# share it with every other gunicorn there. Older ones pass over a name they don't know.
+control_socket_disable = True
