@@ -542,6 +542,7 @@ def test_check_says_all_that_a_role_lacks(sound: str, sound_server: PostgresServ
         done = invoke("check", "--database", little)
     assert done.exit_code == 1
     assert "missing: SELECT on wsgi_idempotency_version, SELECT on idempotency_keys" in done.stdout
+    assert done.stdout.count("FAIL") == 1, "it has not tried what it may not do"
 
 
 def test_check_finds_a_schema_that_is_missing(empty: str) -> None:

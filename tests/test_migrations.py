@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from textwrap import indent
 from typing import TypeVar
 
 import psycopg
@@ -452,27 +453,38 @@ APP_ENV = """
 from alembic import context
 from sqlalchemy import Column, Integer, MetaData, NullPool, Table, create_engine
 
-from wsgi_idempotency.stores import tables
-
-app = MetaData()
-Table("orders", app, Column("id", Integer, primary_key=True))
+target_metadata = MetaData()
+Table("orders", target_metadata, Column("id", Integer, primary_key=True))
 
 with create_engine({url!r}, poolclass=NullPool).connect() as connection:
-    context.configure(connection=connection, {options})
+{configure}
     with context.begin_transaction():
         context.run_migrations()
 """
 
 
-class App:
-    """An application with migrations of its own, in the database that our tables are in."""
+def from_the_docs(containing: str) -> str:
+    """The example of docs/own-alembic.md that has a certain text."""
+    page = (CHECKOUT / "docs" / "own-alembic.md").read_text()
+    (code,) = (
+        code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if containing in code
+    )
+    return str(code)
 
-    def __init__(self, folder: Path, url: str, options: str) -> None:
+
+class App:
+    """An application with migrations of its own, in the database that our tables are in.
+
+    :param configure: how its env.py configures Alembic.
+    """
+
+    def __init__(self, folder: Path, url: str, configure: str) -> None:
         self.migrations = folder / "migrations"
         ini = folder / "app.ini"
         command.init(Config(ini), str(self.migrations))
         address = database_url(url).render_as_string(hide_password=False)
-        (self.migrations / "env.py").write_text(APP_ENV.format(url=address, options=options))
+        env = APP_ENV.format(url=address, configure=indent(configure, " " * 4))
+        (self.migrations / "env.py").write_text(env)
         self._config = Config(ini)
 
     def autogenerate(self) -> str:
@@ -488,7 +500,9 @@ class App:
 def test_an_apps_autogenerate_would_drop_our_tables(url: str, tmp_path: Path) -> None:
     """Why there is a helper: this is what it is for."""
     upgrade(url)
-    made = App(tmp_path, url, "target_metadata=app").autogenerate()
+    made = App(
+        tmp_path, url, "context.configure(connection=connection, target_metadata=target_metadata)"
+    ).autogenerate()
     assert "op.drop_table('idempotency_keys')" in made
 
 
@@ -496,7 +510,7 @@ def test_an_apps_autogenerate_leaves_our_tables_alone_with_include_name(
     url: str, tmp_path: Path
 ) -> None:
     upgrade(url)
-    app = App(tmp_path, url, "target_metadata=app, include_name=tables.include_name")
+    app = App(tmp_path, url, from_the_docs("include_name"))
     made = app.autogenerate()
     assert "op.create_table('orders'" in made
     assert "idempotency" not in made
@@ -511,13 +525,12 @@ def test_an_app_may_make_our_tables_with_its_own_migrations(
     url: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """By our MetaData beside its own, and our revision written by hand."""
-    models = "target_metadata=[app, tables.metadata, tables.version_table.metadata]"
-    app = App(tmp_path, url, models)
+    app = App(tmp_path, url, from_the_docs("tables.metadata"))
     made = app.autogenerate()
     (path,) = (app.migrations / "versions").glob("*.py")
-    stamp = "op.execute(\"INSERT INTO wsgi_idempotency_version VALUES ('0001')\")"
     end = "    # ### end Alembic commands ###\n"
-    path.write_text(made.replace(end, f"{end}    {stamp}\n", 1))
+    record = indent(from_the_docs("op.execute"), " " * 4)
+    path.write_text(made.replace(end, end + record, 1))
     app.upgrade()
 
     store = SQLStore(url, create=False)

@@ -30,6 +30,7 @@ from sqlalchemy import create_engine
 import wsgi_idempotency
 from wsgi_idempotency import IdempotencyMiddleware, Policy, SQLStore, everyone
 
+
 def write(**line):
     """Append to the ledger: one write to a file opened for appending is one line, whoever
     else writes, and survives the process."""
