@@ -98,11 +98,11 @@ def test_once_charges_the_protected_order_once_on_sqlite(
 
 def test_once_charges_the_protected_order_once_on_postgresql(pg_url: str) -> None:
     """In a database with nothing in it; then again, with the tables and charges there."""
-    for before in ("nothing", "0001"):
+    for before in ("upgraded from nothing", "as before"):
         result = CliRunner().invoke(demo, ["--once", "--database", pg_url])
 
         assert result.exit_code == 0, result.output
-        assert f"upgraded the schema from {before} to 0001" in result.output
+        assert f"the schema is at 0001, {before}." in result.output
         assert_charged_once_under_protection(result.output)
 
 
@@ -114,7 +114,8 @@ def assert_charged_once_under_protection(output: str) -> None:
     assert len({charge for *_, charge, _ in without}) == 3
     assert without[-1][-1] == "3"
     taps, (_, *retry) = with_[:2], with_[2]
-    assert sorted(status for _, status, *_ in taps) == ["201", "409"]
+    # On a busy machine the second tap may come when the first is done, and be a replay.
+    assert sorted(status for _, status, *_ in taps) in (["201", "409"], ["201", "201"])
     [charge] = {charge for *_, charge, _ in taps} - {"-"}
     assert retry == ["201", "yes", charge, "1"]
     assert "With protection the order was charged once." in output
@@ -301,6 +302,17 @@ def test_the_shop_closes_cleanly_on(running_demo: Demo, number: signal.Signals) 
     assert not list(running_demo.folder.iterdir())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(running_demo.address)
+
+
+def test_a_demo_under_nohup_outlives_its_terminal() -> None:
+    """nohup has the hang-up ignored, and it stays so."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with server.stopped_by_signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 # ---------------------------------------------------------------- what can go wrong

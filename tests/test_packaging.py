@@ -63,7 +63,12 @@ def run(*arguments: str | Path, folder: Path | None = None) -> str:
 
     :param folder: where it is to find the package, before any other.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # Nor with what measures coverage, which imports much by itself.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "PYTHONPATH" and not name.startswith("COV")
+    }
     if folder is not None:
         environment["PYTHONPATH"] = str(folder)
     result = subprocess.run(
@@ -167,7 +172,7 @@ def test_the_installed_command_creates_the_schema(installed: Path, pg_url: str) 
     """From the wheel's own migrations, with no alembic.ini in sight."""
     command = "from wsgi_idempotency.cli import main; main()"
     said = run("-c", command, "upgrade", "--database", pg_url, folder=installed)
-    assert "created" in said
+    assert "0001" in said
     engine = create_engine(pg_url)
     try:
         tables = inspect(engine).get_table_names()

@@ -88,14 +88,10 @@ class Capture:
         self._held: list[bytes] = []
         self._size = 0
         self._server_write: Callable[[bytes], object] | None = None
+        self.passing = False  # the answer's head is out
         self._dropped = False
         self._iterable: Iterable[bytes] = ()
         self._closed = False
-
-    @property
-    def passing(self) -> bool:
-        """Whether the answer's head is out."""
-        return self._server_write is not None
 
     def run(self, app: WSGIApplication, environ: WSGIEnvironment) -> Whole | Passing | Dropped:
         """Run the application until its answer is whole or its first byte has to go out.
@@ -208,6 +204,7 @@ class Capture:
             return
         if self._before_first_byte(status, self._headers, reason):
             self._server_write = self._server_start_response(status, self._headers)
+            self.passing = True
         else:
             self._dropped = True
 

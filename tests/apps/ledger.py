@@ -23,11 +23,11 @@ import os
 import time
 import uuid
 
-from apps.gate import wait_at
 from servers.http import Connection
 from sqlalchemy import create_engine
 
 import wsgi_idempotency
+from apps.gate import wait_at
 from wsgi_idempotency import IdempotencyMiddleware, Policy, SQLStore, everyone
 
 

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from apps.gate import Gate
 from servers.http import Connection, Gunicorn, Response
 from sqlalchemy import create_engine
+
+from apps.gate import Gate
 
 T = TypeVar("T")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import threading
 
-from apps.ledger import app
 from werkzeug.test import Client
+
+from apps.ledger import app
 
 __all__ = ["app"]
 

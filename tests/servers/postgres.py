@@ -222,14 +222,23 @@ class PostgresServer(Postgres):
         raise RuntimeError("no temporary folder that an unprivileged PostgreSQL can reach")
 
     def _copy_programs(self) -> Path:
-        copy = self.folder / "pg"
-        shutil.copytree(
-            self.bin.parent, copy, symlinks=True, ignore=shutil.ignore_patterns("include")
-        )
+        programs = self.bin.parent
+        package = programs.parent
+        # The programs find the libraries that were bundled with them beside their package.
+        libraries = package.with_name(f"{package.name}.libs")
+        copy = self.folder / "copy"
+        for source in (programs, libraries):
+            if source.exists():
+                shutil.copytree(
+                    source,
+                    copy / source.relative_to(package.parent),
+                    symlinks=True,
+                    ignore=shutil.ignore_patterns("include"),
+                )
         if self._user is not None:
             for path in itertools.chain([copy], copy.rglob("*")):
                 shutil.chown(path, self._user)
-        return copy / "bin"
+        return copy / self.bin.relative_to(package.parent)
 
     def _reachable(self, path: Path) -> bool:
         test = subprocess.run(["test", "-x", path], cwd="/", user=self._user, check=False)

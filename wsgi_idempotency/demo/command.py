@@ -104,10 +104,11 @@ def prepare(database: str, *, temporary: bool = False) -> str:
         reason = str(getattr(exc, "orig", None) or exc).partition("\n")[0]
         raise click.ClickException(f"The database can't be prepared: {reason}") from exc
     if not temporary:
+        same = upgrade.before == upgrade.after
+        before = "as before" if same else f"upgraded from {upgrade.before or 'nothing'}"
         click.echo(
-            f"In {url.render_as_string(hide_password=True)}: upgraded the schema from"
-            f" {upgrade.before or 'nothing'} to {upgrade.after}, and made the table {ledger.name}"
-            " for the charges unless it was there. Both stay when the demo ends.\n"
+            f"{url.render_as_string(hide_password=True)}: the schema is at {upgrade.after}, {before}."
+            f" The charges are in the table {ledger.name}. Both stay when the demo ends.\n"
         )
     return url.render_as_string(hide_password=False)
 

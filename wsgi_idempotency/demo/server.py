@@ -118,13 +118,16 @@ def stopped_by_signals() -> Iterator[None]:
     """Treat a request to end, from a terminal or a supervisor, as Ctrl-C.
 
     Without this they would end the process at once and leave gunicorn behind. SIGINT is
-    among them since a shell that starts a job in the background has it ignored.
+    among them since a shell that starts a job in the background has it ignored; SIGHUP is
+    left alone where it is ignored, as ``nohup`` does it.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield

@@ -1,0 +1,1180 @@
+"""A request's way through the middleware: the replies of http-contract.md, in process.
+
+The linter of PEP 3333 stands on both sides of the middleware.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import threading
+from wsgiref.validate import validator
+
+import pytest
+import sqlalchemy
+from werkzeug.test import Client as WerkzeugClient
+from werkzeug.test import EnvironBuilder, run_wsgi_app
+
+from wsgi_idempotency import (
+    IdempotencyMiddleware,
+    MemoryStore,
+    Policy,
+    Route,
+    by_header,
+    current_operation,
+    everyone,
+    form_field,
+    hold_unknown,
+    json_field,
+    store_everything,
+)
+from wsgi_idempotency.capture import InvalidApplication
+from wsgi_idempotency.errors import ConfigurationError, NotStorable, StoreUnavailable
+from wsgi_idempotency.operation import ENVIRON_KEY
+from wsgi_idempotency.problems import stripe
+
+
+class Client(WerkzeugClient):
+    """A client that reads a response to its end and closes it, as a server does."""
+
+    def open(self, *args, **kwargs):
+        return super().open(*args, buffered=True, **kwargs)
+
+
+class App:
+    """An application that counts its executions and answers as it is told."""
+
+    def __init__(self, status="201 Made It", headers=(), body=b"made"):
+        self.executions = 0
+        self.status, self.headers, self.body = status, list(headers), body
+        self.closed = 0
+
+    def __call__(self, environ, start_response):
+        self.executions += 1
+        self.environ = environ
+        self.received = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        return self.answer(environ, start_response)
+
+    def answer(self, environ, start_response):
+        start_response(self.status, [("Content-Type", "text/plain"), *self.headers])
+        return [self.body]
+
+
+class Closing:
+    """An iterable that tells when it is closed."""
+
+    def __init__(self, app, chunks, error=None):
+        self.app, self.chunks, self.error = app, iter(chunks), error
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.chunks)
+
+    def close(self):
+        self.app.closed += 1
+        if self.error is not None:
+            raise self.error
+
+
+class FaultyStore:
+    """A third party's store: memory, with faults on command."""
+
+    def __init__(self):
+        self.memory = MemoryStore()
+        self.faults = {}
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.calls.append(name)
+            fault = self.faults.get(name)
+            if fault is not None:
+                raise fault
+            return getattr(self.memory, name)(*args)
+
+        return call
+
+    def claim(self, claim):
+        return self.__getattr__("claim")(claim)
+
+
+def wrap(app, *, store=None, lint=True, **options):
+    options.setdefault("scope", everyone)
+    inner = validator(app) if lint else app
+    middleware = IdempotencyMiddleware(inner, store or "memory:", **options)
+    return middleware, Client(validator(middleware) if lint else middleware)
+
+
+def post(client, key="k1", body=b"body", path="/pay", **headers):
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    if key is not None:
+        named["Idempotency-Key"] = key
+    return client.post(path, data=body, content_type="text/plain", headers=named)
+
+
+def served(app, headers=None):
+    """What a server sends that honours write() and a restart with exc_info, both of which
+    werkzeug's test client does not."""
+    sent, heads = [], []
+
+    def start_response(status, pairs, exc_info=None):
+        if exc_info is not None and sent:
+            raise exc_info[1]
+        heads.append((status, pairs))
+        return sent.append
+
+    environ = EnvironBuilder(
+        method="POST",
+        path="/pay",
+        data=b"body",
+        content_type="text/plain",
+        headers={"Idempotency-Key": "k1"},
+    ).get_environ()
+    body = app(environ, start_response)
+    sent.extend(body)
+    close = getattr(body, "close", None)
+    if close is not None:
+        close()
+    status, pairs = heads[-1]
+    if headers is not None:
+        headers.extend(pairs)
+    return status, b"".join(sent)
+
+
+def refused(answer, status, code, retry):
+    document = json.loads(answer.get_data())
+    assert (answer.status_code, document["code"]) == (status, code)
+    assert answer.headers["X-Should-Retry"] == answer.headers["Stripe-Should-Retry"] == retry
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.content_type == "application/problem+json"
+    return document
+
+
+# ------------------------------------------------------------------ replay
+
+
+def test_a_retry_gets_what_was_sent_and_the_handler_runs_once():
+    app = App(
+        headers=[
+            ("Link", "</a>"),
+            ("LINK", "</b>"),
+            ("ETag", '"1"'),
+            ("Set-Cookie", "a=b"),
+            ("Date", "now"),
+        ],
+        body=b"\0\xff" * 1000,
+    )
+    _, client = wrap(app)
+    first, second = post(client), post(client, '"k1";v=1')
+    assert app.executions == 1
+    assert first.status == second.status == "201 Made It"
+    assert first.get_data() == second.get_data() == app.body
+    assert "Idempotency-Replayed" not in first.headers
+    assert first.headers["Set-Cookie"] == "a=b"
+    assert list(second.headers) == [
+        ("Content-Type", "text/plain"),
+        ("Link", "</a>"),
+        ("LINK", "</b>"),
+        ("ETag", '"1"'),
+        ("Idempotency-Replayed", "true"),
+        ("Content-Length", "2000"),
+    ]
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
+def test_a_status_without_content_is_replayed_without_a_length(status):
+    class Empty(App):
+        def answer(self, environ, start_response):
+            start_response(status, [("X-Kept", "1")])
+            return []
+
+    _, client = wrap(Empty())
+    post(client)
+    replay = post(client)
+    assert replay.status == status
+    assert list(replay.headers) == [("X-Kept", "1"), ("Idempotency-Replayed", "true")]
+
+
+def test_a_replay_to_head_has_no_body_and_no_length():
+    app = App(body=b"")
+    middleware, _ = wrap(app, lint=False, policy=Policy(methods=["HEAD"]))
+    environ = EnvironBuilder(method="HEAD", headers={"Idempotency-Key": "k"}).get_environ()
+    run_wsgi_app(middleware, dict(environ))
+    body, _, headers = run_wsgi_app(middleware, dict(environ))
+    assert headers["Idempotency-Replayed"] == "true"
+    assert "Content-Length" not in headers
+    assert b"".join(body) == b""
+
+
+@pytest.mark.parametrize(
+    ("status", "retry"), [("500 Oh", "false"), ("429 Slow", None), ("409 No", "false")]
+)
+def test_a_replayed_failure_tells_sdks_not_to_go_on(status, retry):
+    app = App(status)
+    _, client = wrap(app, policy=Policy(outcomes=store_everything))
+    post(client)
+    replay = post(client)
+    if retry is None:  # 429 is never an outcome
+        assert app.executions == 2
+    else:
+        assert replay.headers["X-Should-Retry"] == replay.headers["Stripe-Should-Retry"] == retry
+
+
+def test_after_a_4xx_the_key_is_fresh_and_after_a_5xx_the_same_request_runs_again():
+    app = App("400 Bad")
+    _, client = wrap(app)
+    assert post(client).status_code == 400
+    app.status = "500 Oh"
+    assert post(client, body=b"corrected").status_code == 500
+    refused(post(client, body=b"another"), 422, "FINGERPRINT_MISMATCH", "false")
+    app.status = "201 Made It"
+    assert post(client, body=b"corrected").status_code == 201
+    assert app.environ[ENVIRON_KEY].attempt == 2
+    assert app.executions == 3
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"body": b"other"}, {"path": "/pay?x=1"}],
+    ids=["another body", "another query string"],
+)
+def test_the_same_key_with_another_request_is_refused(changed):
+    app = App()
+    _, client = wrap(app)
+    post(client)
+    refused(post(client, **changed), 422, "FINGERPRINT_MISMATCH", "false")
+    assert post(client).headers["Idempotency-Replayed"] == "true"
+    assert app.executions == 1
+
+
+def test_scopes_endpoints_and_methods_have_key_spaces_of_their_own():
+    app = App()
+    _, client = wrap(app, scope=by_header("X-Tenant"), secret="0123456789abcdef")
+    post(client, X_Tenant="a")
+    post(client, X_Tenant="b")
+    post(client, X_Tenant="a", path="/other")
+    client.patch("/pay", data=b"body", headers={"Idempotency-Key": "k1", "X-Tenant": "a"})
+    assert app.executions == 4
+
+
+def test_in_the_scope_s_namespace_another_endpoint_is_a_mismatch():
+    app = App()
+    _, client = wrap(app, policy=Policy(namespace="scope"))
+    post(client)
+    refused(post(client, path="/other"), 422, "FINGERPRINT_MISMATCH", "false")
+
+
+def test_a_policy_changed_between_two_tries_still_compares():
+    store, app = MemoryStore(), App()
+    from wsgi_idempotency import canonical
+
+    post(wrap(app, store=store)[1])
+    retry = post(wrap(app, store=store, policy=Policy(fingerprint=canonical))[1])
+    assert retry.headers["Idempotency-Replayed"] == "true"
+
+
+def test_with_no_fingerprint_the_key_alone_identifies():
+    app = App()
+    _, client = wrap(app, policy=Policy(fingerprint=None))
+    post(client)
+    assert post(client, body=b"other").headers["Idempotency-Replayed"] == "true"
+
+
+# ------------------------------------------------------------------ pass-through (P5)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE"])
+def test_other_methods_pass_untouched(method):
+    store = FaultyStore()
+    seen = []
+    marker = [b"x"]
+
+    def app(environ, start_response):
+        seen.extend([environ, start_response])
+        return marker
+
+    middleware, _ = wrap(app, store=store, lint=False)
+    environ = {"REQUEST_METHOD": method, "HTTP_IDEMPOTENCY_KEY": "k"}
+
+    def start_response(status, headers, exc_info=None): ...
+
+    assert middleware(environ, start_response) is marker
+    assert seen[0] is environ
+    assert seen[1] is start_response
+    assert store.calls == []
+
+
+def test_a_request_without_a_key_passes_with_its_body_unread():
+    store, app = FaultyStore(), App()
+    _, client = wrap(app, store=store)
+    assert post(client, key=None).status_code == 201
+    assert post(client, key=None).status_code == 201
+    assert app.executions == 2
+    assert app.received == b"body"
+    assert store.calls == []
+    with pytest.raises(RuntimeError, match="no idempotent operation is running"):
+        current_operation.key  # noqa: B018
+
+
+def test_one_application_wrapped_twice_runs_and_claims_once():
+    store, app = FaultyStore(), App()
+    inner = IdempotencyMiddleware(app, store, scope=everyone)
+    _, client = wrap(inner, store=store, lint=False)
+    post(client)
+    assert post(client).headers["Idempotency-Replayed"] == "true"
+    assert app.executions == 1
+    assert store.calls.count("claim") == 2
+
+
+# ------------------------------------------------------------------ keys and extractors
+
+
+@pytest.mark.parametrize("key", ["", '""', "  ", '"a', "a,b", "a b", '"\\n"', "\xe9"])
+def test_a_malformed_key_is_refused(key):
+    app = App()
+    _, client = wrap(app, lint=False)
+    refused(post(client, key), 400, "INVALID_KEY", "false")
+    assert app.executions == 0
+
+
+def test_the_longest_key_is_accepted_and_a_longer_one_refused():
+    app = App()
+    _, client = wrap(app)
+    assert post(client, "k" * 256).status_code == 201
+    refused(post(client, "k" * 257), 400, "KEY_TOO_LONG", "false")
+
+
+def test_a_required_key_that_is_missing_is_refused():
+    app = App()
+    _, client = wrap(app, policy=Policy(required=True))
+    refused(post(client, None), 400, "MISSING_KEY", "false")
+    assert app.executions == 0
+
+
+def test_a_request_of_nobody_is_refused():
+    _, client = wrap(App(), scope=by_header("X-Tenant"))
+    refused(post(client), 400, "MISSING_SCOPE", "false")
+
+
+def failing(*args):
+    raise LookupError("oops")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scope": failing},
+        {"scope": lambda environ: 7},
+        {"policy": Policy(key=failing)},
+        {"policy": Policy(key=lambda environ, body: 7)},
+        {"policy": Policy(fingerprint=failing)},
+        {"policy": Policy(fingerprint=lambda environ, body: "text")},
+    ],
+)
+def test_an_extractor_that_fails_refuses_the_request(options, caplog):
+    app = App()
+    _, client = wrap(app, **options)
+    refused(post(client), 500, "EXTRACTOR_FAILED", "false")
+    assert app.executions == 0
+    assert "was not run" in caplog.text
+
+
+def test_keys_in_forms_and_json_leave_the_body_to_the_application():
+    app = App()
+    _, client = wrap(app, policy=Policy(key=form_field("key")))
+    for _ in range(2):
+        answer = client.post("/pay", data={"key": "k", "x": "1"})
+    assert answer.headers["Idempotency-Replayed"] == "true"
+    assert app.received == b"key=k&x=1"
+    client.post("/pay", data={"x": "1"})
+    assert app.received == b"x=1"
+    _, client = wrap(app, policy=Policy(key=json_field("event.id")))
+    for _ in range(2):
+        answer = client.post("/pay", json={"event": {"id": "e1"}})
+    assert answer.headers["Idempotency-Replayed"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("environ", "status", "code", "retry"),
+    [
+        ({"HTTP_TRANSFER_ENCODING": "chunked"}, 411, "LENGTH_REQUIRED", "false"),
+        ({"CONTENT_LENGTH": "11"}, 413, "BODY_TOO_LARGE", "false"),
+        ({"CONTENT_LENGTH": "9"}, 400, "INCOMPLETE_BODY", "true"),
+    ],
+)
+def test_a_body_that_can_not_be_taken_is_refused_and_nothing_claimed(environ, status, code, retry):
+    store, app = FaultyStore(), App()
+    middleware, _ = wrap(app, store=store, lint=False, policy=Policy(max_request_bytes=10))
+    base = EnvironBuilder(
+        method="POST", path="/pay", data=b"12345", headers={"Idempotency-Key": "k"}
+    ).get_environ()
+    answer = Client(lambda e, s: middleware({**base, **environ}, s)).get("/")
+    refused(answer, status, code, retry)
+    assert app.executions == 0
+    assert store.calls == []
+
+
+# ------------------------------------------------------------------ routes and construction
+
+
+def test_the_first_route_that_matches_counts():
+    app = App()
+    routes = [
+        Route("/free", None),
+        Route("/strict/<int:number>", Policy(required=True)),
+        Route("/put", Policy(methods=["PUT"]), methods=["PUT"]),
+        Route("/<path:rest>", Policy(max_key_length=3)),
+    ]
+    _, client = wrap(app, policy=None, routes=routes)
+    for _ in range(2):
+        assert post(client, path="/free").status_code == 201
+    assert app.executions == 2
+    refused(post(client, None, path="/strict/1"), 400, "MISSING_KEY", "false")
+    refused(post(client, "long", path="/strict/x"), 400, "KEY_TOO_LONG", "false")
+    refused(post(client, None, path="/strict//1"), 400, "MISSING_KEY", "false")
+    client.put("/put", data=b"", headers={"Idempotency-Key": "k"})
+    answer = client.put("/put", data=b"", headers={"Idempotency-Key": "k"})
+    assert answer.headers["Idempotency-Replayed"] == "true"
+
+
+def test_without_a_policy_only_the_routes_are_protected():
+    app = App()
+    _, client = wrap(app, policy=None, routes=[Route("/pay", Policy())])
+    post(client, path="/other")
+    post(client, path="/other")
+    assert app.executions == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"app": None}, "can't be called"),
+        ({"scope": "alice"}, "can't be called"),
+        ({"render_problem": 1}, "can't be called"),
+        ({"policy": "strict"}, "use a Policy"),
+        ({"max_waiting": -1}, "whole number"),
+        ({"max_waiting": True}, "whole number"),
+        ({"secret": "short"}, "at least 16"),
+        ({"secret": 7}, "at least 16"),
+        ({"routes": [Route("/<nothing:x>", Policy())]}, "can't be used"),
+        ({"store": 7}, "use a database URL"),
+        ({"store": "mysql://localhost/x"}, "not supported"),
+        ({"store": "sqlite://"}, "memory:"),
+        ({"store": "what is this"}, "not a URL"),
+    ],
+    ids=repr,
+)
+def test_nonsense_is_refused_at_construction(options, advice):
+    given = {"app": App(), "store": "memory:", "scope": everyone, **options}
+    with pytest.raises(ConfigurationError, match=advice):
+        IdempotencyMiddleware(given.pop("app"), given.pop("store"), **given)
+
+
+def test_an_engine_serves_as_a_store(tmp_path):
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path}/app.db", pool_size=1, max_overflow=0)
+    app = App()
+    _, client = wrap(app, store=engine)
+    post(client)
+    assert post(client).headers["Idempotency-Replayed"] == "true"
+    engine.dispose()
+
+
+# ------------------------------------------------------------------ WSGI (cases 30-34)
+
+
+def listed(app, environ, start_response):
+    start_response("201 Made It", [("Content-Type", "text/plain")])
+    return [b"ma", b"", b"de"]
+
+
+def tupled(app, environ, start_response):
+    return tuple(listed(app, environ, start_response))
+
+
+def generated(app, environ, start_response):
+    yield from listed(app, environ, start_response)
+
+
+def iterated(app, environ, start_response):
+    return Closing(app, listed(app, environ, start_response))
+
+
+def wrapped_file(app, environ, start_response):
+    listed(app, environ, start_response)
+    return environ["wsgi.file_wrapper"](io.BytesIO(b"made"))
+
+
+def written(app, environ, start_response):
+    start_response("201 Made It", [("Content-Type", "text/plain")])(b"made")
+    return []
+
+
+def written_then_iterated(app, environ, start_response):
+    start_response("201 Made It", [("Content-Type", "text/plain")])(b"ma")
+    return [b"de"]
+
+
+def restarted(app, environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/html")])(b"begun")
+    try:
+        raise ValueError("changed my mind")
+    except ValueError:
+        import sys
+
+        start_response("201 Made It", [("Content-Type", "text/plain")], sys.exc_info())
+    return [b"made"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        listed,
+        tupled,
+        generated,
+        iterated,
+        wrapped_file,
+        written,
+        written_then_iterated,
+        restarted,
+    ],
+    ids=lambda kind: kind.__name__,
+)
+def test_every_way_to_answer_is_captured_and_replayed(kind):
+    app = App()
+    app.answer = lambda environ, start_response: kind(app, environ, start_response)
+    middleware, _ = wrap(app, lint=False)
+    client = Client(validator(middleware))
+    first, second = post(client), post(client)
+    for answer in (first, second):
+        assert (answer.status, answer.get_data()) == ("201 Made It", b"made")
+        assert answer.content_type == "text/plain"
+    assert second.headers["Idempotency-Replayed"] == "true"
+    assert app.executions == 1
+    assert app.closed == (1 if kind is iterated else 0)
+
+
+def raising(app, environ, start_response):
+    raise RuntimeError("handler")
+
+
+def raising_late(app, environ, start_response):
+    listed(app, environ, start_response)
+
+    def chunks():
+        yield from (b"1", b"2", b"3")
+        raise RuntimeError("handler")
+
+    return Closing(app, chunks())
+
+
+def exiting(app, environ, start_response):
+    raise SystemExit(1)
+
+
+@pytest.mark.parametrize("kind", [raising, raising_late, exiting], ids=lambda kind: kind.__name__)
+def test_an_exception_goes_on_to_the_server_and_the_same_request_may_run_again(kind):
+    app = App()
+    app.answer = lambda environ, start_response: kind(app, environ, start_response)
+    _, client = wrap(app, lint=False)
+    with pytest.raises((RuntimeError, SystemExit)):
+        post(client)
+    del app.answer
+    refused(post(client, body=b"another"), 422, "FINGERPRINT_MISMATCH", "false")
+    assert post(client).status_code == 201
+    assert app.environ[ENVIRON_KEY].attempt == 2
+    assert app.closed == (1 if kind is raising_late else 0)
+
+
+def test_an_exception_is_held_where_the_policy_says_so():
+    app = App()
+    app.answer = lambda environ, start_response: raising(app, environ, start_response)
+    _, client = wrap(app, lint=False, policy=Policy(outcomes=hold_unknown))
+    with pytest.raises(RuntimeError):
+        post(client)
+    refused(post(client), 409, "OUTCOME_UNKNOWN", "false")
+    assert app.executions == 1
+
+
+def never_started(environ, start_response):
+    return []
+
+
+def started_twice(environ, start_response):
+    start_response("200 OK", [])
+    start_response("200 OK", [])
+    return []
+
+
+def text_body(environ, start_response):
+    start_response("200 OK", [])
+    return ["text"]
+
+
+def bad_status(environ, start_response):
+    start_response("fine", [])
+    return []
+
+
+def chunk_before_start(environ, start_response):
+    return [b"x"]
+
+
+@pytest.mark.parametrize(
+    "app",
+    [never_started, started_twice, text_body, bad_status, chunk_before_start],
+    ids=lambda app: app.__name__,
+)
+def test_an_application_that_breaks_the_rules_is_told(app):
+    _, client = wrap(app, lint=False)
+    with pytest.raises(InvalidApplication):
+        post(client)
+
+
+def test_a_close_that_fails_does_not_cost_the_client_its_response(caplog):
+    app = App()
+
+    def answer(environ, start_response):
+        return Closing(app, listed(app, environ, start_response), RuntimeError("close"))
+
+    app.answer = answer
+    _, client = wrap(app, lint=False)
+    assert post(client).get_data() == b"made"
+    assert app.closed == 1
+    assert "close() of the application's iterable failed" in caplog.text
+    assert post(client).headers["Idempotency-Replayed"] == "true"
+
+
+def test_what_the_application_puts_into_the_environ_is_visible_outside():
+    app = App()
+    middleware, _ = wrap(app, lint=False)
+    environ = EnvironBuilder(
+        method="POST", data=b"x", headers={"Idempotency-Key": "k"}
+    ).get_environ()
+    app.answer = lambda env, start: env.update(seen=True) or listed(app, env, start)
+    run_wsgi_app(middleware, environ)  # copies the environ
+    assert app.environ["seen"] is True
+    middleware(environ, lambda status, headers, exc_info=None: None)
+    assert environ[ENVIRON_KEY] if app.executions == 2 else True
+
+
+# ------------------------------------------------------------------ what can't be held back
+
+
+def test_a_response_over_the_limit_arrives_whole_and_never_runs_again():
+    app = App(body=b"x" * 5000, headers=[("Location", "/order/1")])
+    _, client = wrap(app, policy=Policy(max_response_bytes=4999))
+    first = post(client)
+    assert first.get_data() == app.body
+    retry = post(client)
+    document = refused(retry, 409, "RESPONSE_NOT_REPLAYABLE", "false")
+    assert document["original_status"] == 201
+    assert retry.headers["Location"] == "/order/1"
+    assert app.executions == 1
+
+
+@pytest.mark.parametrize(
+    "headers", [[("Content-Length", "5000")], [("Content-Type", "text/event-stream; charset=x")]]
+)
+def test_the_first_byte_of_what_is_not_held_back_goes_out_at_once(headers):
+    store, seen = MemoryStore(), []
+
+    def app(environ, start_response):
+        start_response("200 OK", headers)
+        yield b"first"
+        seen.append(current_operation.key)
+        yield b"second"
+
+    middleware, client = wrap(app, store=store, lint=False, policy=Policy(max_response_bytes=100))
+    environ = EnvironBuilder(
+        method="POST", path="/pay", data=b"body", content_type="text/plain",
+        headers={"Idempotency-Key": "k1"},
+    ).get_environ()  # fmt: skip
+    started = []
+    body = middleware(environ, lambda *args: started.append(args))
+    chunks = iter(body)
+    assert next(chunks) == b"first"
+    assert seen == []
+    refused(post(client), 409, "RESPONSE_NOT_REPLAYABLE", "false")
+    assert list(chunks) == [b"second"]
+    body.close()
+    assert seen == ["k1"]
+    assert started[0][0] == "200 OK"
+
+
+def test_writes_over_the_limit_go_straight_to_the_server():
+    app = App()
+
+    def answer(environ, start_response):
+        write = start_response("201 Made It", [("Content-Type", "text/plain")])
+        for _ in range(3):
+            write(b"x" * 60)
+        with pytest.raises(InvalidApplication):
+            start_response("200 OK", [])
+        try:
+            raise ValueError("too late")
+        except ValueError:
+            import sys
+
+            with pytest.raises(ValueError, match="too late"):
+                start_response("500 Oh", [], sys.exc_info())
+        return Closing(app, [b"end"])
+
+    app.answer = answer
+    _, client = wrap(app, lint=False, policy=Policy(max_response_bytes=100))
+    assert served(client.application) == ("201 Made It", b"x" * 180 + b"end")
+    assert app.closed == 1
+    refused(post(client), 409, "RESPONSE_NOT_REPLAYABLE", "false")
+
+
+def test_a_failure_too_large_to_hold_keeps_its_claim_until_the_last_byte():
+    app = App("500 Oh", body=b"x" * 200)
+    middleware, client = wrap(app, lint=False, policy=Policy(max_response_bytes=100))
+    environ = EnvironBuilder(
+        method="POST", path="/pay", data=b"body", content_type="text/plain",
+        headers={"Idempotency-Key": "k1"},
+    ).get_environ()  # fmt: skip
+    body = middleware(environ, lambda *args: None)
+    refused(post(client), 409, "CONFLICT", "true")
+    assert b"".join(body) == app.body
+    body.close()
+    body.close()
+    assert post(client).status_code == 500
+    assert app.executions == 2
+
+
+def test_a_response_the_server_can_not_send_counts_as_done():
+    app = App(headers=[("X-Bad", "a\nb"), ("Location", "/x")])
+    _, client = wrap(app, lint=False)
+    with contextlib.suppress(ValueError):
+        post(client)
+    retry = post(client)
+    refused(retry, 409, "RESPONSE_NOT_REPLAYABLE", "false")
+    assert retry.headers["Location"] == "/x"
+    app.status = "299 O\nK"
+    with contextlib.suppress(ValueError):
+        post(client, "k2")
+    assert (
+        refused(post(client, "k2"), 409, "RESPONSE_NOT_REPLAYABLE", "false")["original_status"]
+        == 299
+    )
+    assert app.executions == 2
+
+
+def test_the_answer_to_one_range_counts_as_done():
+    app = App("206 Partial")
+    _, client = wrap(app)
+    assert post(client).status_code == 206
+    refused(post(client), 409, "RESPONSE_NOT_REPLAYABLE", "false")
+
+
+# ------------------------------------------------------------------ duplicates in flight
+
+
+class Gate(App):
+    """Stays in the handler until it is let go."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.entered, self.go = threading.Event(), threading.Event()
+        self.inside = self.most = 0
+
+    def answer(self, environ, start_response):
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        self.entered.set()
+        assert self.go.wait(30)
+        self.inside -= 1
+        return super().answer(environ, start_response)
+
+
+def in_threads(count, work):
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(work())) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads, answers
+
+
+def test_a_duplicate_in_flight_is_told_to_come_back():
+    app = Gate()
+    _, client = wrap(app)
+    threads, answers = in_threads(1, lambda: post(client))
+    assert app.entered.wait(30)
+    again = post(client)
+    refused(again, 409, "CONFLICT", "true")
+    assert again.headers["Retry-After"] == "1"
+    refused(post(client, body=b"other"), 422, "FINGERPRINT_MISMATCH", "false")
+    app.go.set()
+    threads[0].join()
+    assert answers[0].status_code == 201
+    assert post(client).headers["Idempotency-Replayed"] == "true"
+
+
+def test_waiting_duplicates_replay_and_those_over_the_cap_are_sent_away():
+    app = Gate()
+    told = []
+    _, client = wrap(app, policy=Policy(wait=20), max_waiting=2, on_event=told.append)
+    first, _ = in_threads(1, lambda: post(client))
+    assert app.entered.wait(30)
+    others, answers = in_threads(4, lambda: post(client))
+    for thread in others:
+        thread.join(0.5)
+    assert [answer.status_code for answer in answers] == [409, 409]
+    app.go.set()
+    for thread in [*first, *others]:
+        thread.join()
+    assert [answer.headers.get("Idempotency-Replayed") for answer in answers[2:]] == ["true"] * 2
+    assert app.executions == 1
+    assert [event.name for event in told].count("waited") == 2
+    assert all(event.seconds > 0 for event in told if event.name == "waited")
+
+
+def test_a_wait_that_is_over_is_a_conflict_and_nobody_may_wait_where_none_are_allowed():
+    app = Gate()
+    store = MemoryStore()
+    _, client = wrap(app, store=store, policy=Policy(wait=0.1))
+    _, impatient = wrap(app, store=store, policy=Policy(wait=20), max_waiting=0)
+    threads, _ = in_threads(1, lambda: post(client))
+    assert app.entered.wait(30)
+    refused(post(client), 409, "CONFLICT", "true")
+    refused(post(impatient), 409, "CONFLICT", "true")
+    app.go.set()
+    threads[0].join()
+
+
+def test_when_the_first_fails_one_waiter_at_a_time_runs():
+    app = Gate("500 Oh")
+    _, client = wrap(app, policy=Policy(wait=20))
+    threads, answers = in_threads(4, lambda: post(client))
+    assert app.entered.wait(30)
+    app.go.set()
+    for thread in threads:
+        thread.join()
+    assert app.most == 1
+    assert [answer.status_code for answer in answers] == [500] * 4
+
+
+def test_a_handler_that_calls_itself_with_its_own_key_is_told_of_the_conflict():
+    app = App()
+    _, client = wrap(app)
+    inner = []
+
+    def answer(environ, start_response):
+        inner.append(post(client))
+        return listed(app, environ, start_response)
+
+    app.answer = answer
+    assert post(client).status_code == 201
+    refused(inner[0], 409, "CONFLICT", "true")
+
+
+def test_churn_on_one_key_never_runs_two_at_once():
+    class Churn(Gate):
+        def answer(self, environ, start_response):
+            self.go.set()
+            return super().answer(environ, start_response)
+
+    app = Churn("500 Oh")
+    _, client = wrap(app, lint=False)
+    threads, _ = in_threads(12, lambda: [post(client) for _ in range(30)])
+    for thread in threads:
+        thread.join()
+    assert app.most == 1
+
+
+# ------------------------------------------------------------------ the store fails (P8)
+
+
+@pytest.mark.parametrize("fault", [StoreUnavailable("down"), ZeroDivisionError("bug")], ids=repr)
+def test_a_store_that_fails_before_the_handler_refuses(fault):
+    store, app, told = FaultyStore(), App(), []
+    store.faults["claim"] = fault
+    _, client = wrap(app, store=store, on_event=[told.append])
+    answer = post(client)
+    refused(answer, 503, "STORE_UNAVAILABLE", "true")
+    assert 1 <= int(answer.headers["Retry-After"]) <= 5
+    assert app.executions == 0
+    assert [event.name for event in told] == ["store_failure", "refused"]
+    assert told[0].exception is fault
+
+
+def test_bypass_runs_unprotected_and_says_so():
+    store, app, told = FaultyStore(), App(), []
+    store.faults["claim"] = StoreUnavailable("down")
+    policy = Policy(on_store_failure="bypass")
+    _, client = wrap(app, store=store, policy=policy, on_event=told.append)
+    answer = post(client)
+    assert answer.status_code == 201
+    assert answer.headers["Idempotency-Status"] == "unprotected"
+    assert app.received == b"body"
+    assert "unprotected" in [event.name for event in told]
+    store.faults["claim"] = ZeroDivisionError("a bug is not an outage")
+    refused(post(client), 503, "STORE_UNAVAILABLE", "true")
+
+
+def test_an_error_page_of_an_unprotected_application_is_marked_too():
+    def app(environ, start_response):
+        try:
+            raise ValueError
+        except ValueError:
+            import sys
+
+            start_response("500 Oh", [], sys.exc_info())
+        return [b"oh"]
+
+    store = FaultyStore()
+    store.faults["claim"] = StoreUnavailable("down")
+    policy = Policy(on_store_failure="bypass")
+    middleware, _ = wrap(app, store=store, lint=False, policy=policy)
+    seen = []
+    assert served(middleware, seen) == ("500 Oh", b"oh")
+    assert seen == [("Idempotency-Status", "unprotected")]
+
+
+@pytest.mark.parametrize(
+    ("status", "call"), [("201 Made It", "complete"), ("400 Bad", "forget"), ("500 Oh", "release")]
+)
+def test_a_store_that_fails_after_the_handler_does_not_cost_the_client_its_response(status, call):
+    store, app = FaultyStore(), App(status)
+    store.faults[call] = StoreUnavailable("down")
+    middleware, client = wrap(app, store=store)
+    assert post(client).status == status
+    refused(post(client), 409, "CONFLICT", "true")
+    del store.faults[call]
+    middleware.heartbeat.flush()
+    retry = post(client)
+    assert retry.headers.get("Idempotency-Replayed") == ("true" if call == "complete" else None)
+
+
+def test_an_interruption_while_the_end_is_recorded_is_recorded_later():
+    store, app = FaultyStore(), App()
+    store.faults["complete"] = KeyboardInterrupt()
+    middleware, client = wrap(app, store=store, lint=False)
+    with pytest.raises(KeyboardInterrupt):
+        post(client)
+    del store.faults["complete"]
+    middleware.heartbeat.flush()
+    assert post(client).headers["Idempotency-Replayed"] == "true"
+
+
+def test_a_response_that_the_store_refuses_counts_as_done():
+    class Picky(FaultyStore):
+        def complete(self, digest, token, completion):
+            if completion.body is not None:
+                raise NotStorable("too much")
+            return self.memory.complete(digest, token, completion)
+
+    app = App()
+    _, client = wrap(app, store=Picky())
+    assert post(client).get_data() == b"made"
+    refused(post(client), 409, "RESPONSE_NOT_REPLAYABLE", "false")
+    assert app.executions == 1
+
+
+def test_an_interruption_while_it_claims_is_undone():
+    store, app = FaultyStore(), App()
+    store.faults["claim"] = KeyboardInterrupt()
+    middleware, client = wrap(app, store=store, lint=False)
+    with pytest.raises(KeyboardInterrupt):
+        post(client)
+    del store.faults["claim"]
+    middleware.heartbeat.flush()
+    assert store.calls == ["claim", "forget"]
+
+
+# ------------------------------------------------------------------ overtaken (P3)
+
+
+def overtaking(store, then):
+    """An application during whose run somebody else takes its claim over."""
+    import dataclasses
+
+    def answer(environ, start_response):
+        operation = environ[ENVIRON_KEY]
+        claim = operation._claim
+        seen = store.lookup(claim.digest)
+        store.release(claim.digest, claim.token)
+        other = dataclasses.replace(claim, token=b"o" * 16)
+        assert store.take_over(other, seen) is not None
+        then(other)
+        start_response("201 Made It", [("Content-Type", "text/plain")])
+        return [b"late" * 100]
+
+    return answer
+
+
+def completes(store):
+    from wsgi_idempotency.records import Completion
+
+    return lambda claim: store.complete(
+        claim.digest,
+        claim.token,
+        Completion("200 Winner", (("Content-Type", "text/plain"),), b"won"),
+    )
+
+
+@pytest.mark.parametrize("limit", [10_000, 100], ids=["held back", "passed on"])
+def test_a_handler_that_was_overtaken_answers_with_the_winner_s_response(limit):
+    store, app, told = MemoryStore(), App(), []
+    app.answer = overtaking(store, completes(store))
+    policy = Policy(max_response_bytes=limit)
+    _, client = wrap(app, store=store, policy=policy, on_event=told.append)
+    answer = post(client)
+    assert (answer.status, answer.get_data()) == ("200 Winner", b"won")
+    assert "fenced" in [event.name for event in told]
+    assert post(client).get_data() == b"won"
+
+
+def test_writes_of_a_handler_that_was_overtaken_are_dropped():
+    store, app = MemoryStore(), App()
+    overtaken = overtaking(store, completes(store))
+
+    def answer(environ, start_response):
+        overtaken(environ, lambda status, headers: None)
+        write = start_response("201 Made It", [])
+        write(b"x" * 200)
+        write(b"y" * 200)
+        return [b"z"]
+
+    app.answer = answer
+    _, client = wrap(app, store=store, lint=False, policy=Policy(max_response_bytes=100))
+    assert post(client).get_data() == b"won"
+
+
+@pytest.mark.parametrize(
+    ("then", "code", "retry"),
+    [
+        (lambda store: lambda claim: None, "CONFLICT", "true"),
+        (
+            lambda store: lambda claim: store.forget(claim.digest, claim.token),
+            "OUTCOME_UNKNOWN",
+            "false",
+        ),
+        (
+            lambda store: lambda claim: store.release(claim.digest, claim.token),
+            "OUTCOME_UNKNOWN",
+            "false",
+        ),
+    ],
+    ids=["still running", "forgotten", "released"],
+)
+def test_without_a_winner_s_response_an_overtaken_handler_answers_409(then, code, retry):
+    store, app = MemoryStore(), App()
+    app.answer = overtaking(store, then(store))
+    _, client = wrap(app, store=store)
+    refused(post(client), 409, code, retry)
+
+
+def test_an_overtaken_handler_whose_store_fails_answers_409():
+    store, app = FaultyStore(), App()
+    app.answer = overtaking(store.memory, completes(store.memory))
+    store.faults["lookup"] = StoreUnavailable("down")
+    _, client = wrap(app, store=store)
+    refused(post(client), 409, "OUTCOME_UNKNOWN", "false")
+
+
+def test_a_take_over_that_somebody_else_won_is_looked_at_again():
+    store, app = FaultyStore(), App("500 Oh")
+    _, client = wrap(app, store=store)
+    post(client)
+    lost = []
+    take_over = store.memory.take_over
+    store.take_over = lambda claim, seen: lost.append(1) if not lost else take_over(claim, seen)
+    assert post(client).status_code == 500
+    assert store.calls.count("claim") == 3
+
+
+# ------------------------------------------------------------------ observers and renderers (P9)
+
+
+def test_what_observers_and_renderers_raise_is_logged(caplog):
+    app = App()
+    _, client = wrap(app, on_event=[failing], render_problem=failing)
+    assert post(client).status_code == 201
+    refused(post(client, body=b"other"), 422, "FINGERPRINT_MISMATCH", "false")
+    assert "the observer" in caplog.text
+    assert "render_problem failed" in caplog.text
+
+
+def test_another_renderer_still_gets_the_hints():
+    _, client = wrap(App(), render_problem=stripe)
+    post(client)
+    answer = post(client, body=b"other")
+    assert answer.status_code == 400
+    assert answer.headers["Stripe-Should-Retry"] == "false"
+
+
+def test_an_outcomes_function_that_fails_stores_or_holds(caplog):
+    def outcomes(outcome):
+        if outcome.lapsed:
+            return hold_unknown(outcome)
+        raise LookupError("oops")
+
+    app = App("500 Oh")
+    _, client = wrap(app, policy=Policy(outcomes=outcomes))
+    post(client)
+    assert post(client).headers["Idempotency-Replayed"] == "true"
+    assert "outcomes failed" in caplog.text
+
+
+# ------------------------------------------------------------------ the operation
+
+
+def test_a_handler_sees_its_operation_and_may_overrule_the_policy():
+    app = App("500 Oh")
+    seen = []
+
+    def answer(environ, start_response):
+        operation = environ[ENVIRON_KEY]
+        assert current_operation == operation
+        seen.append((operation.key, operation.scope, operation.attempt, operation.lost))
+        seen.append(operation.derive_key("charge"))
+        assert operation.derive_key("charge") != operation.derive_key("refund")
+        with pytest.raises(ValueError, match="needs a name"):
+            operation.derive_key("")
+        assert "attempt" in repr(operation)
+        getattr(operation, choices.pop(0))()
+        return App.answer(app, environ, start_response)
+
+    app.answer = answer
+    choices = ["release", "forget", "release", "store"]
+    _, client = wrap(app)
+    for _ in range(5):
+        answer = post(client)
+    assert answer.headers["Idempotency-Replayed"] == "true"
+    assert seen[::2] == [
+        ("k1", "everyone", 1, False),
+        ("k1", "everyone", 2, False),
+        ("k1", "everyone", 1, False),
+        ("k1", "everyone", 2, False),
+    ]
+    assert len(set(seen[1::2])) == 1
+    choices = ["hold"]
+    post(client, "k2")
+    refused(post(client, "k2"), 409, "OUTCOME_UNKNOWN", "false")
+
+
+def test_ten_thousand_errors_leak_nothing():
+    import gc
+    import os
+
+    def app(environ, start_response):
+        raise RuntimeError("handler")
+
+    _middleware, client = wrap(app, lint=False)
+
+    def burst(count):
+        for number in range(count):
+            with contextlib.suppress(RuntimeError):
+                post(client, str(number % 50))
+        gc.collect()
+        return len(gc.get_objects()), len(os.listdir("/proc/self/fd"))
+
+    burst(1000)
+    objects, files = burst(500)
+    later, files_later = burst(8500)
+    assert later - objects < 500
+    assert files_later == files
