@@ -77,9 +77,10 @@ def upgrade() -> None:
             " AND (response_body IS NULL) <> (not_replayable IS NULL))",
             name="ck_idempotency_keys_completed",
         ),
-        postgresql_with={"fillfactor": "50"},
     )
     op.create_index("ix_idempotency_keys_expires_at", "idempotency_keys", ["expires_at"])
+    if op.get_context().dialect.name == "postgresql":
+        op.execute("ALTER TABLE idempotency_keys SET (fillfactor = 50)")
 
 
 def downgrade() -> None:

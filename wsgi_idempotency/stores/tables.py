@@ -6,6 +6,7 @@ Alembic's revisions in ``migrations/`` create it; a test keeps the two equal.
 from __future__ import annotations
 
 from sqlalchemy import (
+    DDL,
     TIMESTAMP,
     CheckConstraint,
     Column,
@@ -19,6 +20,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    event,
 )
 
 #: The Alembic revision this release needs. Revisions are numbered, so that a newer
@@ -72,12 +74,17 @@ idempotency_keys = Table(
         " AND (response_body IS NULL) <> (not_replayable IS NULL))",
         name="ck_idempotency_keys_completed",
     ),
-    # Room on a claim's page for its completion, which then touches no index. Revision 0001
-    # has the measurement.
-    postgresql_with={"fillfactor": "50"},
 )
 
 Index("ix_idempotency_keys_expires_at", idempotency_keys.c.expires_at)
+
+# Room on a claim's page for its completion, which then touches no index; revision 0001 has
+# the measurement. A statement, since SQLAlchemy 2.0 has no option for it on a table.
+event.listen(
+    idempotency_keys,
+    "after_create",
+    DDL("ALTER TABLE idempotency_keys SET (fillfactor = 50)").execute_if(dialect="postgresql"),
+)
 
 version_table = Table(
     VERSION_TABLE,
