@@ -80,11 +80,8 @@ Index("ix_idempotency_keys_expires_at", idempotency_keys.c.expires_at)
 
 # Room on a claim's page for its completion, which then touches no index; revision 0001 has
 # the measurement. A statement, since SQLAlchemy 2.0 has no option for it on a table.
-event.listen(
-    idempotency_keys,
-    "after_create",
-    DDL("ALTER TABLE idempotency_keys SET (fillfactor = 50)").execute_if(dialect="postgresql"),
-)
+_leave_room = DDL("ALTER TABLE idempotency_keys SET (fillfactor = 50)")  # type: ignore[no-untyped-call]
+event.listen(idempotency_keys, "after_create", _leave_room.execute_if(dialect="postgresql"))
 
 version_table = Table(
     VERSION_TABLE,
