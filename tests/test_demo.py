@@ -223,7 +223,8 @@ def test_every_printed_line_can_be_split_and_sent_twice(running_demo: Demo) -> N
         _, *words = shlex.split(line)
         [url] = [word for word in words if word.startswith("http")]
         options = list(pairwise(words))
-        headers = [tuple(value.split(": ", 1)) for name, value in options if name == "-H"]
+        fields = [value.partition(": ") for name, value in options if name == "-H"]
+        headers = [(name, value) for name, _, value in fields]
         body = "&".join(value for name, value in options if name == "-d").encode()
         prefix = "http://{}:{}".format(*running_demo.address)
         assert url.startswith(prefix)
