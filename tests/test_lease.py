@@ -1,0 +1,230 @@
+"""The heartbeat: claims are kept alive, and what could not be finished is finished late."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from wsgi_idempotency import MemoryStore
+from wsgi_idempotency.errors import StoreUnavailable
+from wsgi_idempotency.lease import Heartbeat
+from wsgi_idempotency.operation import Operation
+from wsgi_idempotency.records import Claim, Lapse
+
+
+def claim_of(store, lease=0.3, retention=60.0) -> Claim:
+    claim = Claim(
+        digest=os.urandom(32),
+        token=os.urandom(16),
+        fingerprint=b"f",
+        fingerprint_version=1,
+        scope="everyone",
+        key="k",
+        method="POST",
+        path="/pay",
+        lease=lease,
+        retention=retention,
+        lapse=Lapse.RELEASE,
+    )
+    store.claim(claim)
+    return claim
+
+
+def operation_of(claim: Claim) -> Operation:
+    return Operation(claim, key="k", scope="everyone", attempt=1, secret=None)
+
+
+def until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+class Watched:
+    """A store that counts renewals and fails on command."""
+
+    def __init__(self):
+        self.memory = MemoryStore()
+        self.renewed = []
+        self.fault = None
+
+    def renew(self, claims):
+        claims = list(claims)
+        self.renewed.append(claims)
+        if self.fault is not None:
+            raise self.fault
+        return self.memory.renew(claims)
+
+
+@pytest.fixture
+def store():
+    return Watched()
+
+
+def test_a_claim_outlives_many_leases_and_all_are_renewed_in_one_statement(store):
+    lost = []
+    heartbeat = Heartbeat(store, lost.append)
+    claims = [claim_of(store.memory) for _ in range(3)]
+    for claim in claims:
+        heartbeat.start(claim, operation_of(claim))
+    until(lambda: len(store.renewed) >= 12)
+    assert not any(store.memory.lookup(claim.digest).lapsed for claim in claims)
+    assert max(map(len, store.renewed)) == 3
+    heartbeat.stop(claims[0])
+    until(lambda: len(store.renewed[-1]) == 2)
+    assert lost == []
+
+
+def test_no_thread_is_started_before_the_first_claim(store):
+    before = threading.active_count()
+    heartbeat = Heartbeat(store, lambda operation: None)
+    heartbeat.stop(claim_of(store.memory))
+    heartbeat.flush()
+    assert threading.active_count() == before
+    for _ in range(2):
+        claim = claim_of(store.memory)
+        heartbeat.start(claim, operation_of(claim))
+    assert threading.active_count() == before + 1
+
+
+def test_a_claim_that_somebody_took_over_is_lost_and_no_longer_renewed(store):
+    lost = []
+    heartbeat = Heartbeat(store, lost.append)
+    claim = claim_of(store.memory)
+    operation = operation_of(claim)
+    heartbeat.start(claim, operation)
+    store.memory.forget(claim.digest, claim.token)
+    until(lambda: lost == [operation])
+    assert operation.lost
+
+
+def test_a_store_that_can_not_renew_is_asked_again_sooner(store):
+    store.fault = StoreUnavailable("down")
+    heartbeat = Heartbeat(store, lambda operation: None)
+    claim = claim_of(store.memory, lease=2.0)
+    operation = operation_of(claim)
+    heartbeat.start(claim, operation)
+    until(lambda: len(store.renewed) >= 3)
+    store.fault = None
+    until(lambda: len(store.renewed) >= 5)
+    assert not operation.lost
+    assert not store.memory.lookup(claim.digest).lapsed
+
+
+def test_what_can_not_be_finished_at_once_is_finished_later_while_the_claim_is_kept(store):
+    heartbeat = Heartbeat(store, lambda operation: None)
+    claim = claim_of(store.memory, lease=1.0)
+    tries = []
+
+    def finish():
+        tries.append(store.memory.lookup(claim.digest).lapsed)
+        if len(tries) < 3:
+            raise StoreUnavailable("down")
+        return True
+
+    heartbeat.finish_later(claim, operation_of(claim), finish)
+    until(lambda: len(tries) == 3)
+    assert tries == [False] * 3
+
+
+def test_an_end_that_comes_too_late_makes_the_operation_lost(store):
+    lost = []
+    heartbeat = Heartbeat(store, lost.append)
+    claim = claim_of(store.memory)
+    operation = operation_of(claim)
+    heartbeat.finish_later(claim, operation, lambda: False)
+    until(lambda: lost == [operation])
+
+
+def test_renewals_go_on_while_nothing_can_be_finished(store):
+    heartbeat = Heartbeat(store, lambda operation: None)
+    pending = [claim_of(store.memory) for _ in range(5)]
+
+    def finish():
+        raise StoreUnavailable("down")
+
+    for claim in pending:
+        heartbeat.finish_later(claim, operation_of(claim), finish)
+    until(lambda: len(store.renewed) > 10)
+    assert not any(store.memory.lookup(claim.digest).lapsed for claim in pending)
+
+
+def test_a_claim_is_kept_for_its_retention_at_the_longest(store, caplog):
+    heartbeat = Heartbeat(store, lambda operation: None)
+    claim = claim_of(store.memory, lease=0.2, retention=0.5)
+    heartbeat.start(claim, operation_of(claim))
+    until(lambda: "gave up keeping" in caplog.text)
+
+
+def test_a_doubtful_claim_is_undone_when_it_shows_up_and_given_up_after_its_lease(store):
+    heartbeat = Heartbeat(store, lambda operation: None)
+    tries = []
+    late = claim_of(store.memory, lease=30.0)
+    heartbeat.undo_later(late, lambda: tries.append(1) or len(tries) == 2)
+    never = claim_of(store.memory, lease=0.7)
+    missed = []
+    heartbeat.undo_later(never, lambda: bool(missed.append(1)))
+    until(lambda: len(tries) == 2)
+    until(lambda: never.token not in heartbeat._kept)
+    assert missed
+    assert store.renewed == []
+
+
+def test_an_observer_of_losses_that_fails_does_not_stop_the_thread(store, caplog):
+    def failing(operation):
+        raise LookupError("oops")
+
+    heartbeat = Heartbeat(store, failing)
+    for _ in range(2):
+        claim = claim_of(store.memory)
+        heartbeat.start(claim, operation_of(claim))
+        store.memory.forget(claim.digest, claim.token)
+        until(lambda token=claim.token: token not in heartbeat._kept)
+    until(lambda: caplog.text.count("the heartbeat failed") == 2)
+
+
+AT_EXIT = """
+import logging, os, sys
+sys.path[:0] = {path!r}
+logging.basicConfig(format="%(levelname)s %(message)s")
+import test_lease as t
+store = t.Watched()
+heartbeat = t.Heartbeat(store, print)
+claim = t.claim_of(store.memory, lease=60.0)
+if {fork}:
+    heartbeat.start(claim, t.operation_of(claim))
+    pid = os.fork()
+    if pid:
+        sys.exit(os.waitpid(pid, 0)[1])
+    assert heartbeat._kept == {{}} and heartbeat._changed is None
+    claim = t.claim_of(store.memory, lease=0.2)
+    heartbeat.start(claim, t.operation_of(claim))
+    t.until(lambda: len(store.renewed) >= 3)
+    os._exit(0)
+def finish():
+    raise t.StoreUnavailable("down")
+heartbeat.finish_later(claim, t.operation_of(claim), finish)
+"""
+
+
+def run(fork: bool) -> subprocess.CompletedProcess[str]:
+    code = AT_EXIT.format(path=[os.path.dirname(__file__)], fork=fork)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_what_was_not_recorded_when_the_process_ends_is_told_with_all_a_person_needs():
+    done = run(fork=False)
+    assert done.returncode == 0
+    assert "CRITICAL POST /pay was run" in done.stderr
+    assert "attempt 1" in done.stderr
+
+
+def test_a_forked_child_keeps_claims_of_its_own():
+    done = run(fork=True)
+    assert done.returncode == 0, done.stderr
