@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from servers.postgres import (
     Postgres,
@@ -16,6 +17,10 @@ from servers.postgres import (
 )
 
 from wsgi_idempotency.schema import upgrade
+
+# How long an example takes says something of this machine's other load, and nothing of ours.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 #: The version of the server that a test ran on, as a property of its report.
 PROPERTY = "postgresql"

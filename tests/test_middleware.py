@@ -1157,6 +1157,7 @@ def test_a_handler_sees_its_operation_and_may_overrule_the_policy():
     refused(post(client, "k2"), 409, "OUTCOME_UNKNOWN", "false")
 
 
+@pytest.mark.timeout(900)  # seconds; branch coverage slows each of the many requests
 def test_ten_thousand_errors_leak_nothing():
     import gc
     import os
