@@ -688,7 +688,7 @@ class StoreConformance:
     ) -> None:
         """The row becomes the heir's, and the operation stays as old as it is."""
         owner = situation.arrange(store)
-        until(lambda: lookup(store, owner).age > 0)
+        until(lambda: lookup(store, owner).age > 0.1)
         heir = make_claim(lapse=HOLD, fingerprint=b"another", fingerprint_version=7)
         seen = lookup(store, owner)
         assert store.take_over(heir, seen) == Claimed(2)
