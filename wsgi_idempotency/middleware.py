@@ -375,6 +375,15 @@ class _Request:
         return app(self.environ, _adding(self.start_response, added))
 
     def _replay(self, replay: protocol.Replay) -> Iterable[bytes]:
+        reason = unsendable(replay.response.status, replay.response.headers)
+        if reason is not None:
+            # Nothing of the kind is recorded: the row was changed since.
+            logger.error(
+                "the stored response of digest %s can't be sent (%s): the operation counts as"
+                " done, and its retries are refused",
+                self._digest, reason,
+            )  # fmt: skip
+            return self._refuse(self._refusal(protocol.NotReplayable(None, None, reason)))
         self.tell("replayed")
         extra = [("Idempotency-Replayed", "true")]
         status = int(replay.response.status[:3])

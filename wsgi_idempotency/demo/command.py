@@ -108,7 +108,8 @@ def prepare(database: str, *, temporary: bool = False) -> str:
         before = "as before" if same else f"upgraded from {upgrade.before or 'nothing'}"
         click.echo(
             f"{url.render_as_string(hide_password=True)}: the schema is at {upgrade.after},"
-            f" {before}. The charges are in the table {ledger.name}. Both stay when the demo ends.\n"
+            f" {before}. The charges are kept in the table {ledger.name}. Both stay when the demo"
+            " ends.\n"
         )
     return url.render_as_string(hide_password=False)
 

@@ -796,7 +796,7 @@ def _with_response(
             raise ValueError("there is neither a body nor a reason for having none")
         if body is not None and not isinstance(body, (bytes, memoryview)):
             raise ValueError("the body is not bytes")
-    except (TypeError, ValueError) as exc:
+    except (TypeError, ValueError, RecursionError) as exc:
         logger.error(
             "the stored response of digest %s can't be read (%s): the operation counts as done,"
             " and its retries are refused",
