@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 import uuid
@@ -29,6 +30,8 @@ from sqlalchemy import create_engine
 import wsgi_idempotency
 from apps.gate import wait_at
 from wsgi_idempotency import IdempotencyMiddleware, Policy, SQLStore, everyone
+
+logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
 
 
 def write(**line):

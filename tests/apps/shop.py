@@ -78,7 +78,7 @@ class Shop:
         """Each time the handler has run; for one key, or for all but that of a warm-up."""
         begun = [line for line in self.lines if line["what"] == "begun"]
         if key is None:
-            return [line for line in begun if line["key"] != "warm-up"]
+            return [line for line in begun if not line["key"].startswith("warm-up")]
         return [line for line in begun if line["key"] == key]
 
     def attempts(self, key: str) -> list[int | None]:
