@@ -1,0 +1,194 @@
+"""Workers that die or stand still in the middle of an operation, on real servers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from apps.gate import Gate
+from apps.shop import (
+    Shop,
+    at_gate,
+    at_once,
+    background,
+    code,
+    expect_one,
+    open_shop,
+    replayed,
+    until,
+)
+
+SHORT_LEASE = {"lease": 1}
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    with Gate() as gate:
+        yield gate
+
+
+@pytest.fixture(params=["PostgreSQL", "SQLite"])
+def database(request: pytest.FixtureRequest) -> str:
+    """The URL of a database with no row, on either of the two."""
+    name = {"PostgreSQL": "pg_database", "SQLite": "sqlite_url"}[request.param]
+    url: str = request.getfixturevalue(name)
+    return url
+
+
+def post_in_vain(shop: Shop, *headers: tuple[str, str]) -> None:
+    """Send a request whose answer never comes."""
+    with pytest.raises(ConnectionError):
+        shop.post("k", *headers)
+
+
+def kill_mid_handler(shop: Shop, gate: Gate) -> None:
+    """Kill a worker by SIGKILL while its handler runs, and wait for the end of its lease."""
+    with background(post_in_vain, shop, at_gate(gate)) as lost:
+        os.kill(gate.arrival().pid, signal.SIGKILL)
+        lost()
+    [row] = shop.rows()
+    assert row["state"] == "claimed"
+    until(shop.has_lapsed)
+
+
+def test_one_of_50_racers_takes_over_from_a_killed_worker(
+    database: str, tmp_path: Path, gate: Gate
+) -> None:
+    """Once the lease of a worker killed mid-handler is over, a policy that releases a lapse
+    lets exactly one retry run, as attempt 2."""
+    with open_shop(database, tmp_path, policy=SHORT_LEASE, workers=4) as shop:
+        kill_mid_handler(shop, gate)
+        expect_one(at_once(50, lambda _: shop.post("k")))
+        assert shop.attempts("k") == [1, 2]
+        assert replayed(shop.post("k"))
+
+
+def test_nobody_takes_over_from_a_killed_worker_while_its_lease_runs(
+    pg_database: str, tmp_path: Path, gate: Gate
+) -> None:
+    with open_shop(pg_database, tmp_path, workers=2) as shop:
+        with background(post_in_vain, shop, at_gate(gate)) as lost:
+            os.kill(gate.arrival().pid, signal.SIGKILL)
+            lost()
+        refused = shop.post("k")
+        assert (refused.status, code(refused)) == (409, "CONFLICT")
+        assert shop.attempts("k") == [1]
+
+
+def test_an_operation_whose_worker_was_killed_is_held_where_the_policy_says_so(
+    database: str, tmp_path: Path, gate: Gate
+) -> None:
+    policy = SHORT_LEASE | {"outcomes": "hold_unknown"}
+    with open_shop(database, tmp_path, policy=policy, workers=2) as shop:
+        kill_mid_handler(shop, gate)
+        for refused in at_once(10, lambda _: shop.post("k")):
+            assert (refused.status, code(refused)) == (409, "OUTCOME_UNKNOWN")
+            assert refused.header("X-Should-Retry") == "false"
+        assert shop.attempts("k") == [1]
+        assert shop.post("another").status == 201
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [("store_success", (201, None)), ("hold_unknown", (409, "OUTCOME_UNKNOWN"))],
+    ids=["released", "held"],
+)
+def test_a_handler_that_gunicorn_aborts_is_released_or_held_at_once(
+    pg_database: str, tmp_path: Path, gate: Gate, outcomes: str, expected: tuple[int, str | None]
+) -> None:
+    """gunicorn ends a silent worker by SIGABRT, which its worker turns into SystemExit: the
+    claim is settled as of an exception, and its lease need not run out."""
+    with open_shop(
+        pg_database, tmp_path, policy={"outcomes": outcomes}, workers=1, timeout=2
+    ) as shop:
+        with background(shop.post, "k", at_gate(gate)) as aborted:
+            first = gate.arrival()
+            assert aborted().status == 500
+        again = shop.post("k")
+        assert (again.status, code(again)) == expected
+        assert shop.attempts("k") == ([1, 2] if again.status == 201 else [1])
+        assert first.pid != shop.server.worker_pids[-1]
+
+
+@pytest.mark.parametrize("moment", ["before the first byte", "after half the response"])
+def test_a_response_whose_worker_was_killed_while_it_was_sent_is_replayed_in_full(
+    database: str, tmp_path: Path, moment: str
+) -> None:
+    with open_shop(database, tmp_path, application="apps.dying:app", workers=2) as shop:
+        post_in_vain(shop, ("X-Die", moment), ("X-Size", "2000"))
+        retry = shop.post("k")
+        assert retry.status == 201
+        assert replayed(retry)
+        assert len(retry.body) == 2000
+        [execution] = shop.executions("k")
+        assert execution["execution"].encode() in retry.body
+        assert execution["attempt"] == 1
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_worker_that_stood_still_past_its_lease_changes_nothing(
+    database: str, tmp_path: Path, gate: Gate
+) -> None:
+    """Another worker takes over meanwhile. What the first one has to say later is fenced off,
+    and its own client gets the response that counts."""
+    with open_shop(database, tmp_path, policy=SHORT_LEASE, workers=2) as shop:
+        with background(shop.post, "k", at_gate(gate)) as zombie:
+            first = gate.arrival()
+            with stopped(first.pid):
+                until(shop.has_lapsed)
+                winner = shop.post("k")
+                assert (winner.status, replayed(winner)) == (201, False)
+                before = shop.rows()
+            first.let_pass()
+            late = zombie()
+        assert (late.status, late.body) == (201, winner.body)
+        assert replayed(late)
+        assert shop.rows() == before
+        assert shop.attempts("k") == [1, 2]
+        assert shop.post("k").body == winner.body
+
+
+@pytest.mark.parametrize("status", ["422 No", "500 Out Of Luck"], ids=["forgotten", "released"])
+def test_a_late_failure_of_a_worker_that_stood_still_changes_nothing(
+    pg_database: str, tmp_path: Path, gate: Gate, status: str
+) -> None:
+    """Neither does its failure free the key that its successor has completed."""
+    with open_shop(pg_database, tmp_path, policy=SHORT_LEASE, workers=2) as shop:
+        with background(shop.post, "k", at_gate(gate)) as zombie:
+            first = gate.arrival()
+            with stopped(first.pid):
+                until(shop.has_lapsed)
+                winner = shop.post("k")
+                before = shop.rows()
+            first.let_pass(status)
+            zombie()
+        assert shop.rows() == before
+        assert shop.post("k").body == winner.body
+        assert shop.attempts("k") == [1, 2]
+
+
+def test_a_worker_that_stood_still_within_its_lease_keeps_its_claim(
+    pg_database: str, tmp_path: Path, gate: Gate
+) -> None:
+    with open_shop(pg_database, tmp_path, policy={"lease": 30}, workers=2) as shop:
+        with background(shop.post, "k", at_gate(gate)) as original:
+            first = gate.arrival()
+            with stopped(first.pid):
+                assert code(shop.post("k")) == "CONFLICT"
+            first.let_pass()
+            response = original()
+        assert (response.status, replayed(response)) == (201, False)
+        assert shop.post("k").body == response.body
+        assert shop.attempts("k") == [1]
