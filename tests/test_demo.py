@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html.parser
 import json
 import os
@@ -15,13 +16,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from servers import http
 from sqlalchemy import create_engine
+from werkzeug.exceptions import InternalServerError, NotFound
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.test import Client
 
@@ -37,7 +39,7 @@ COMMAND = Path(sys.executable).with_name("wsgi-idempotency")
 class Demo:
     """A demo that runs in a process of its own.
 
-    :param output: what it has printed up to its last line about Ctrl-C.
+    :param output: what it has printed before its last line, which is about Ctrl-C.
     :param folder: where it makes its temporary files.
     """
 
@@ -71,12 +73,8 @@ def running_demo(tmp_path: Path) -> Iterator[Demo]:
     )
     assert process.stdout is not None
     with process:
-        output = ""
-        for line in process.stdout:
-            output += line
-            if line.startswith("Ctrl-C"):
-                break
-        yield Demo(process, output, tmp_path)
+        lines = takewhile(lambda line: not line.startswith("Ctrl-C"), process.stdout)
+        yield Demo(process, "".join(lines), tmp_path)
         if process.poll() is None:
             process.terminate()
 
@@ -213,6 +211,21 @@ def test_a_tap_on_a_closed_shop_gets_no_answer() -> None:
     assert pay(address, "tap", order="a", key="k", protected=True) == Observation("tap", None)
 
 
+def test_once_is_no_success_when_it_is_interrupted(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [COMMAND, "demo", "--once"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"Two taps at once")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- the open shop
 
 
@@ -267,34 +280,7 @@ def test_the_lines_work_when_pasted_twice(running_demo: Demo) -> None:
     assert [charge["protected"] for charge in json.loads(listed)["charges"]] == [False, False, True]
 
 
-def test_the_page_and_all_it_refers_to_are_served_by_the_shop(running_demo: Demo) -> None:
-    """Nothing comes from elsewhere: the demo works on a train."""
-
-    class References(html.parser.HTMLParser):
-        def __init__(self) -> None:
-            super().__init__()
-            self.found: list[str] = []
-            self.buttons: list[str | None] = []
-
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            given = dict(attrs)
-            self.found += [value for name in ("src", "href") if (value := given.get(name))]
-            if tag == "button":
-                self.buttons.append(given.get("id"))
-
-    with http.Connection(running_demo.address) as connection:
-        page = connection.request("GET", "/")
-        references = References()
-        references.feed(page.body.decode())
-        assert page.status == 200
-        assert "default-src 'none'" in (page.header("Content-Security-Policy") or "")
-        assert references.buttons == ["pay", "double", "new"]
-        assert references.found == ["data:,", "static/style.css", "static/pay.js"]
-        for path in references.found[1:]:
-            assert connection.request("GET", f"/{path}").status == 200
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_shop_closes_cleanly_on(running_demo: Demo, number: signal.Signals) -> None:
     """The exit status is 0, and neither gunicorn nor the SQLite file is left behind."""
     assert list(running_demo.folder.iterdir())
@@ -303,6 +289,14 @@ def test_the_shop_closes_cleanly_on(running_demo: Demo, number: signal.Signals) 
     assert not list(running_demo.folder.iterdir())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(running_demo.address)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_end_interrupts_the_demo(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), server.stopped_by_signals():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
 
 
 def test_a_demo_under_nohup_outlives_its_terminal() -> None:
@@ -361,11 +355,42 @@ def test_a_missing_extra_is_told_with_the_line_to_run(
 def test_a_shop_whose_workers_can_not_start_is_told() -> None:
     """Here they aren't told which database to use."""
     listener = server.listen("127.0.0.1", 0)
+    with contextlib.ExitStack() as shop, pytest.raises(server.ShopFailed, match="did not start"):
+        shop.enter_context(server.serve(listener, workers=1, environ={}))
+
+
+def test_a_gunicorn_that_can_not_start_is_told_by_the_command(tmp_path: Path) -> None:
+    tmp_path.joinpath("gunicorn.py").write_text("raise SystemExit('broken')")
+    result = CliRunner(env={"PYTHONPATH": str(tmp_path)}).invoke(demo, ["--once"])
+    assert result.exit_code == 1
+    assert "Error: gunicorn did not start; its own message is above\n" in result.output
+
+
+def test_a_shop_whose_page_fails_is_told() -> None:
     with (
-        pytest.raises(server.ShopFailed, match="did not start"),
-        server.serve(listener, workers=1, environ={}),
+        http.werkzeug(InternalServerError()) as address,
+        pytest.raises(server.ShopFailed, match="page answered 500"),
     ):
-        pass
+        server.wait_for_answer(address)
+
+
+def test_a_ledger_that_can_not_be_read_is_told() -> None:
+    with (
+        http.werkzeug(NotFound()) as address,
+        pytest.raises(server.ShopFailed, match="ledger answered 404"),
+    ):
+        tap_twice(address)
+
+
+def test_a_gunicorn_that_does_not_finish_is_killed() -> None:
+    stubborn = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", stubborn], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        server.stop(process, patience=0.05)
+        assert process.returncode == -signal.SIGKILL
 
 
 def test_a_gunicorn_that_ends_by_itself_is_told() -> None:
@@ -431,3 +456,31 @@ def test_the_ledger_counts_all_and_shows_the_latest(client: Client) -> None:
         "rows": 1,
         "charges": [{"id": "ch_8", "order": "o7", "amount": 1, "protected": False}],
     }
+
+
+def test_the_page_and_all_it_refers_to_are_served_by_the_shop(client: Client) -> None:
+    """Nothing comes from elsewhere: the demo works on a train."""
+
+    class References(html.parser.HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: list[str] = []
+            self.buttons: list[str | None] = []
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            given = dict(attrs)
+            self.found += [value for name in ("src", "href") if (value := given.get(name))]
+            if tag == "button":
+                self.buttons.append(given.get("id"))
+
+    page = client.get("/")
+    references = References()
+    references.feed(page.text)
+    assert page.status_code == 200
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert references.buttons == ["pay", "double", "new"]
+    assert references.found == ["data:,", "static/style.css", "static/pay.js"]
+    for path in references.found[1:]:
+        with client.get(f"/{path}") as answer:
+            assert answer.status_code == 200
+            assert answer.data

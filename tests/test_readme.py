@@ -19,3 +19,10 @@ def test_the_python_code_is_a_part_of_the_example() -> None:
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)", README))))
 def test_a_link_leads_to_a_file_that_is_there(link: str) -> None:
     assert (ROOT / link).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), sorted(set(re.findall(r"\[(test_\w+\.py)\]\(([^)]+)\)", README)))
+)
+def test_a_promise_names_the_tests_it_links_to(name: str, path: str) -> None:
+    assert path == f"tests/{name}"

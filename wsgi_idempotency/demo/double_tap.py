@@ -88,7 +88,11 @@ def buy(address: tuple[str, int], *, protected: bool) -> Purchase:
         return pay(address, name, order=order, key=key, protected=protected)
 
     with ThreadPoolExecutor(2) as fingers:
-        taps = tuple(fingers.map(tap, ("first tap", "second tap")))
+        try:
+            taps = tuple(fingers.map(tap, ("first tap", "second tap")))
+        except BaseException:
+            both_ready.abort()  # Ctrl-C may have come before the second was begun
+            raise
     retry = pay(address, "later retry", order=order, key=key, protected=protected)
     status, _, body = ask(address, "GET", "/ledger?" + urlencode({"order": order}))
     if status != 200:

@@ -103,11 +103,14 @@ def wait_for_end(process: subprocess.Popen[bytes]) -> NoReturn:
     raise ShopFailed(f"gunicorn ended by itself, with exit status {process.wait()}")
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask gunicorn to finish and wait for it; a second Ctrl-C does not wait."""
+def stop(process: subprocess.Popen[bytes], *, patience: float = PATIENCE) -> None:
+    """Ask gunicorn to finish and wait for it; a second Ctrl-C does not wait.
+
+    :param patience: seconds after which it is killed. Its workers end when they miss it.
+    """
     process.terminate()
     try:
-        process.wait(PATIENCE)
+        process.wait(patience)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         process.kill()
         process.wait()
