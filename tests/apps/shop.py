@@ -85,6 +85,12 @@ class Shop:
         """The attempts that have run, in order; None for one that was not protected."""
         return [line["attempt"] for line in self.executions(key)]
 
+    def never_two_at_once(self, key: str) -> bool:
+        """Whether each execution for a key had ended before the next began."""
+        ours = {line["execution"] for line in self.executions(key)}
+        moments = [line["what"] for line in self.lines if line["execution"] in ours]
+        return moments == ["begun", "ended"] * len(ours)
+
     def rows(self) -> list[dict[str, Any]]:
         """The stored rows, by age."""
         return query(self.url, "SELECT * FROM idempotency_keys ORDER BY created_at")
