@@ -297,7 +297,7 @@ def test_a_handler_that_sends_its_own_request_again_is_refused_and_goes_on(
     pg_database: str, tmp_path: Path, wait: int
 ) -> None:
     with open_shop(pg_database, tmp_path, policy={"wait": wait}, **THREADS) as shop:
-        response = shop.post("k", ("X-Call-Self", "{}:{}".format(*shop.server.address)))
+        response = shop.post("k", ("X-Call-Self", "{}:{}".format(*shop.address)))
         assert response.status == 201
         assert b'"inner": [409, "CONFLICT"]' in response.body
         assert shop.attempts("k") == [1]

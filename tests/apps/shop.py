@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from servers.http import Connection, Gunicorn, Response
+from servers.http import Address, Connection, Gunicorn, Response
 from sqlalchemy import create_engine
 
 from apps.gate import Gate
@@ -42,17 +42,20 @@ GUNICORNS = {
 class Shop:
     """A running ledger.
 
-    :ivar server: the gunicorn it runs under.
-    :ivar url: of the database its keys are in.
+    :param address: where it listens.
+    :param book: the file it writes to.
+    :param url: of the database its keys are in.
     """
 
-    def __init__(self, server: Gunicorn, book: Path, url: str) -> None:
-        self.server = server
+    server: Gunicorn  # what it runs under, if open_shop() has opened it
+
+    def __init__(self, address: Address, book: Path, url: str) -> None:
+        self.address = address
         self.url = url
         self._book = book
 
     def connect(self) -> Connection:
-        return Connection(self.server.address)
+        return Connection(self.address)
 
     def post(self, key: str, *headers: tuple[str, str], body: bytes = b"pay") -> Response:
         """Send one request on a connection of its own.
@@ -141,7 +144,9 @@ def open_shop(
         **(environment or {}),
     }
     with Gunicorn(application, place, environment=settings, **gunicorn) as server:
-        yield Shop(server, book, url)
+        shop = Shop(server.address, book, url)
+        shop.server = server
+        yield shop
 
 
 def query(url: str, statement: str) -> list[dict[str, Any]]:
