@@ -45,6 +45,11 @@ def test_only_the_announced_bytes_are_read():
     assert environ["wsgi.input"].read() == b"def"
 
 
+def test_zeros_before_a_length_mean_nothing():
+    assert Body(environ_of(b"abc", CONTENT_LENGTH="0" * 5000 + "3"), limit=10).bytes() == b"abc"
+    assert Body(environ_of(b"abc", CONTENT_LENGTH="0" * 5000), limit=10).bytes() == b""
+
+
 def test_a_chunked_body_is_read_to_its_end_where_the_server_ends_it():
     environ = {
         "HTTP_TRANSFER_ENCODING": "chunked",

@@ -95,7 +95,8 @@ class Body:
         if not (text.isascii() and text.isdigit()):
             raise LengthRequired("Content-Length is not a number")
         # Compared as text first: int() refuses more than 4,300 digits.
-        if len(text.lstrip("0")) > 18 or int(text) > self._limit:
+        text = text.lstrip("0") or "0"
+        if len(text) > 18 or int(text) > self._limit:
             raise BodyTooLarge(f"the body has {text[:20]} bytes, the limit is {self._limit}")
         return int(text)
 
