@@ -61,6 +61,10 @@ def test_methods_and_replayed_headers_are_taken_in_any_case():
         ({"wait": -1}, "at least 0 s"),
         ({"wait": True}, "seconds or a timedelta"),
         ({"outcomes": "store"}, "not callable"),
+        (
+            {"outcomes": lambda outcome: RELEASE if outcome.status >= 500 else STORE},
+            "RELEASE or HOLD",
+        ),
         ({"outcomes": lambda outcome: STORE}, "RELEASE to let a retry run it again or HOLD"),
     ],
     ids=lambda value: repr(value)[:60],
@@ -73,6 +77,11 @@ def test_nonsense_is_refused_with_what_would_be_right(options, advice):
 def test_a_route_without_a_leading_slash_is_refused():
     with pytest.raises(ConfigurationError, match="start with a slash"):
         Route("pay", Policy())
+
+
+def test_a_route_with_something_else_for_a_policy_is_refused():
+    with pytest.raises(ConfigurationError, match="use a Policy, or None to exempt it"):
+        Route("/pay", "strict")
 
 
 def test_a_route_whose_methods_its_policy_does_not_protect_is_refused():

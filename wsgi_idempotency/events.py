@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from wsgi_idempotency.errors import ConfigurationError
+
 logger = logging.getLogger("wsgi_idempotency")
 
 
@@ -46,6 +48,11 @@ class Observers:
 
     def __init__(self, observers: Observer | Iterable[Observer]) -> None:
         self._observers = (observers,) if callable(observers) else tuple(observers)
+        for observer in self._observers:
+            if not callable(observer):
+                raise ConfigurationError(
+                    f"on_event has {observer!r}; use callables (Event) -> None"
+                )
 
     def __bool__(self) -> bool:
         return bool(self._observers)

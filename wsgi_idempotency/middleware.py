@@ -118,6 +118,10 @@ class IdempotencyMiddleware:
         self.secret = _secret(secret)
         self.heartbeat = Heartbeat(self.store, self._lost)
         self.waiting = threading.BoundedSemaphore(max_waiting) if max_waiting else None
+        routes = tuple(routes)
+        for route in routes:
+            if not isinstance(route, Route):
+                raise ConfigurationError(f"routes has {route!r}; use Route(rule, policy)")
         self._routes = [(_matcher(route), route.policy) for route in routes]
         policies = [policy, *(route.policy for route in routes)]
         self._methods = frozenset().union(*(p.methods for p in policies if p is not None))
@@ -626,7 +630,7 @@ def _matcher(route: Route) -> Callable[[WSGIEnvironment], bool]:
     here the first that was listed counts."""
     try:
         adapter = Map([Rule(route.rule, endpoint="")], strict_slashes=False).bind("localhost")
-    except (ValueError, LookupError) as exc:
+    except (TypeError, ValueError, LookupError) as exc:
         raise ConfigurationError(f"the rule {route.rule!r} can't be used: {exc}") from exc
 
     def matches(environ: WSGIEnvironment) -> bool:

@@ -147,7 +147,13 @@ class Policy:
             raise ConfigurationError(
                 "outcomes is not callable; use store_success or (Outcome) -> Action"
             )
-        action = self.outcomes(Outcome(lapsed=True))
+        try:
+            action = self.outcomes(Outcome(lapsed=True))
+        except Exception as exc:
+            raise ConfigurationError(
+                "outcomes failed on a lapse, which has neither status nor exception"
+                f" ({type(exc).__name__}: {exc}); return RELEASE or HOLD for it"
+            ) from exc
         if action is Action.RELEASE:
             return Lapse.RELEASE
         if action is Action.HOLD:
@@ -180,6 +186,10 @@ class Route:
     def __post_init__(self) -> None:
         if not isinstance(self.rule, str) or not self.rule.startswith("/"):
             raise ConfigurationError(f"the rule {self.rule!r} does not start with a slash")
+        if self.policy is not None and not isinstance(self.policy, Policy):
+            raise ConfigurationError(
+                f"the policy of {self.rule} is {self.policy!r}; use a Policy, or None to exempt it"
+            )
         if self.methods is None:
             return
         methods = frozenset(_names("methods", self.methods, str.upper))
