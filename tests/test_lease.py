@@ -14,7 +14,7 @@ from wsgi_idempotency import MemoryStore
 from wsgi_idempotency.errors import StoreUnavailable
 from wsgi_idempotency.lease import Heartbeat
 from wsgi_idempotency.operation import Operation
-from wsgi_idempotency.records import Claim, Lapse
+from wsgi_idempotency.records import Claim, Completion, Lapse
 
 
 def claim_of(store, lease=0.3, retention=60.0) -> Claim:
@@ -146,13 +146,19 @@ def test_renewals_go_on_while_nothing_can_be_finished(store):
     heartbeat = Heartbeat(store, lambda operation: None)
     pending = [claim_of(store.memory) for _ in range(5)]
 
+    back = threading.Event()
+
     def finish():
-        raise StoreUnavailable("down")
+        if not back.is_set():
+            raise StoreUnavailable("down")
+        return True
 
     for claim in pending:
         heartbeat.finish_later(claim, operation_of(claim), finish)
     until(lambda: len(store.renewed) > 10)
     assert not any(store.memory.lookup(claim.digest).lapsed for claim in pending)
+    back.set()
+    until(lambda: heartbeat._kept == {})
 
 
 def test_a_claim_is_kept_for_its_retention_at_the_longest(store, caplog):
@@ -187,6 +193,111 @@ def test_an_observer_of_losses_that_fails_does_not_stop_the_thread(store, caplog
         store.memory.forget(claim.digest, claim.token)
         until(lambda token=claim.token: token not in heartbeat._kept)
     until(lambda: caplog.text.count("the heartbeat failed") == 2)
+
+
+def test_a_claim_is_kept_while_its_end_is_being_recorded(store):
+    """The store may take longer over it than the lease has left."""
+    lost = []
+    heartbeat = Heartbeat(store, lost.append)
+    claim = claim_of(store.memory)
+    operation = operation_of(claim)
+    heartbeat.start(claim, operation)
+    heartbeat.finishing(claim)
+    until(lambda: len(store.renewed) >= 6)
+    assert not store.memory.lookup(claim.digest).lapsed
+    store.memory.forget(claim.digest, claim.token)
+    beats = len(store.renewed)
+    until(lambda: len(store.renewed) >= beats + 2)
+    heartbeat.stop(claim)
+    assert (lost, operation.lost) == ([], False)
+
+
+def test_an_end_that_was_recorded_although_its_answer_was_lost_is_no_loss(store):
+    """The next renewal finds the row no longer in flight: it is the operation's own doing."""
+    lost = []
+    heartbeat = Heartbeat(store, lost.append)
+    claim = claim_of(store.memory)
+    operation = operation_of(claim)
+    done = Completion("201 Made It", (), b"made")
+    store.memory.complete(claim.digest, claim.token, done)
+    tries = []
+
+    def finish():
+        tries.append(len(store.renewed))
+        return store.memory.complete(claim.digest, claim.token, done)
+
+    heartbeat.finish_later(claim, operation, finish)
+    until(lambda: heartbeat._kept == {})
+    assert len(tries) == 1
+    assert tries[0] > 0
+    assert (lost, operation.lost) == ([], False)
+
+
+def test_an_end_that_can_not_be_recorded_at_all_does_not_hold_up_the_others(store, caplog):
+    """A store that can't be reached is one thing, an error that is one record's own another."""
+    heartbeat = Heartbeat(store, lambda operation: None)
+    poison, other = claim_of(store.memory), claim_of(store.memory)
+    tries = []
+
+    def failing():
+        tries.append(1)
+        raise ZeroDivisionError
+
+    def renew(claims):
+        """Take so long over it that both ends are due at once."""
+        until(
+            lambda: all(
+                kept.finish_at < time.monotonic() for kept in list(heartbeat._kept.values())
+            )
+        )
+        return store.memory.renew(claims)
+
+    store.renew = renew
+    heartbeat.finish_later(poison, operation_of(poison), failing)
+    heartbeat.finish_later(other, operation_of(other), lambda: True)
+    until(lambda: other.token not in heartbeat._kept)
+    assert len(tries) == 1
+    heartbeat.finish_later(other, operation_of(other), lambda: True)
+    heartbeat.flush()
+    assert list(heartbeat._kept) == [poison.token]
+    assert caplog.text.count("was run, and the store could not be told") == 1
+    heartbeat.stop(poison)
+
+
+def test_at_the_end_a_store_that_can_not_be_reached_is_tried_once(store, caplog):
+    """Whoever waits for the process to end may kill it, and then nothing would be told."""
+    heartbeat = Heartbeat(store, lambda operation: None)
+    pending = [claim_of(store.memory, lease=60.0) for _ in range(3)]
+    tries = []
+
+    def finish():
+        tries.append(1)
+        raise StoreUnavailable("down")
+
+    for claim in pending:
+        heartbeat.finish_later(claim, operation_of(claim), finish)
+    heartbeat.flush()
+    assert len(tries) == 1
+    told = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert [claim.digest.hex() in one.getMessage() for claim, one in zip(pending, told)] == [
+        True
+    ] * 3
+    for claim in pending:
+        heartbeat.stop(claim)
+
+
+def test_a_thread_that_can_not_be_started_is_started_with_the_next_claim(store):
+    heartbeat = Heartbeat(store, lambda operation: None)
+    claim = claim_of(store.memory)
+    size = threading.stack_size(1 << 46)  # more than there is
+    try:
+        with pytest.raises(RuntimeError):
+            heartbeat.start(claim, operation_of(claim))
+    finally:
+        threading.stack_size(size)
+    heartbeat.start(claim, operation_of(claim))
+    until(lambda: len(store.renewed) >= 3)
+    heartbeat.stop(claim)
 
 
 AT_EXIT = """

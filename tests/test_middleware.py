@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import threading
+import time
 from wsgiref.validate import validator
 
 import pytest
@@ -28,9 +29,10 @@ from wsgi_idempotency import (
     hold_unknown,
     json_field,
     store_everything,
+    store_success,
 )
 from wsgi_idempotency.capture import InvalidApplication
-from wsgi_idempotency.errors import ConfigurationError, NotStorable, StoreUnavailable
+from wsgi_idempotency.errors import AnswerLost, ConfigurationError, NotStorable, StoreUnavailable
 from wsgi_idempotency.operation import ENVIRON_KEY
 from wsgi_idempotency.problems import stripe
 
@@ -115,6 +117,17 @@ def post(client, key="k1", body=b"body", path="/pay", **headers):
     return client.post(path, data=body, content_type="text/plain", headers=named)
 
 
+def environ_of(body=b"body", **more):
+    environ = EnvironBuilder(
+        method="POST",
+        path="/pay",
+        data=body,
+        content_type="text/plain",
+        headers={"Idempotency-Key": "k1"},
+    ).get_environ()
+    return {**environ, **more}
+
+
 def served(app, headers=None):
     """What a server sends that honours write() and a restart with exc_info, both of which
     werkzeug's test client does not."""
@@ -126,14 +139,7 @@ def served(app, headers=None):
         heads.append((status, pairs))
         return sent.append
 
-    environ = EnvironBuilder(
-        method="POST",
-        path="/pay",
-        data=b"body",
-        content_type="text/plain",
-        headers={"Idempotency-Key": "k1"},
-    ).get_environ()
-    body = app(environ, start_response)
+    body = app(environ_of(), start_response)
     sent.extend(body)
     close = getattr(body, "close", None)
     if close is not None:
@@ -145,11 +151,25 @@ def served(app, headers=None):
 
 
 def refused(answer, status, code, retry):
+    """All that http-contract.md says of a refusal; returns its members."""
     document = json.loads(answer.get_data())
     assert (answer.status_code, document["code"]) == (status, code)
-    assert answer.headers["X-Should-Retry"] == answer.headers["Stripe-Should-Retry"] == retry
-    assert answer.headers["Cache-Control"] == "no-store"
-    assert answer.content_type == "application/problem+json"
+    headers = answer.headers
+    assert headers.getlist("X-Should-Retry") == headers.getlist("Stripe-Should-Retry") == [retry]
+    assert headers.getlist("Cache-Control") == ["no-store"]
+    assert headers.getlist("Content-Type") == ["application/problem+json"]
+    assert headers.getlist("Content-Language") == ["en"]
+    assert headers.getlist("Content-Length") == [str(len(answer.get_data()))]
+    assert ("Retry-After" in headers) is (code in {"CONFLICT", "STORE_UNAVAILABLE"})
+    assert "Idempotency-Replayed" not in headers
+    assert (document["status"], document["retryable"]) == (status, retry == "true")
+    assert document["type"].endswith(":" + code.lower().replace("_", "-"))
+    assert document["title"]
+    assert document["detail"].endswith(".")
+    members = {"type", "title", "status", "detail", "code", "retryable"}
+    if code == "RESPONSE_NOT_REPLAYABLE":
+        members.add("original_status")
+    assert set(document) == members
     return document
 
 
@@ -221,6 +241,20 @@ def test_a_replayed_failure_tells_sdks_not_to_go_on(status, retry):
         assert app.executions == 2
     else:
         assert replay.headers["X-Should-Retry"] == replay.headers["Stripe-Should-Retry"] == retry
+
+
+def test_a_replay_says_for_itself_whether_it_is_one_and_to_be_retried():
+    """Whatever the application, or a service behind it, had put there."""
+    headers = [
+        ("X-Should-Retry", "true"),
+        ("stripe-should-retry", "true"),
+        ("Idempotency-Replayed", "false"),
+    ]
+    _, client = wrap(App("500 Oh", headers), policy=Policy(outcomes=store_everything))
+    assert post(client).headers["X-Should-Retry"] == "true"
+    replay = post(client).headers
+    assert replay.getlist("X-Should-Retry") == replay.getlist("Stripe-Should-Retry") == ["false"]
+    assert replay.getlist("Idempotency-Replayed") == ["true"]
 
 
 def test_after_a_4xx_the_key_is_fresh_and_after_a_5xx_the_same_request_runs_again():
@@ -327,6 +361,33 @@ def test_one_application_wrapped_twice_runs_and_claims_once():
     assert post(client).headers["Idempotency-Replayed"] == "true"
     assert app.executions == 1
     assert store.calls.count("claim") == 2
+
+
+@pytest.mark.parametrize("rewound", [True, False], ids=["rewound", "read to its end"])
+def test_an_environ_that_is_sent_again_is_another_request(rewound):
+    """Something outside tries again what failed: the operation that ended doesn't protect
+    it, and without its body it isn't the same request."""
+    app = App()
+
+    def fails(environ, start_response):
+        raise RuntimeError("handler")
+
+    app.answer = fails
+    middleware, client = wrap(app, lint=False)
+    environ = environ_of()
+    with pytest.raises(RuntimeError):
+        middleware(environ, lambda status, headers: None)
+    del app.answer
+    if not rewound:
+        answer = Client(lambda _, start_response: middleware(environ, start_response)).get("/")
+        refused(answer, 400, "INCOMPLETE_BODY", "true")
+        assert app.executions == 1
+        return
+    environ["wsgi.input"].seek(0)
+    middleware(environ, lambda status, headers: None)
+    assert environ[ENVIRON_KEY].attempt == 2
+    assert post(client).headers["Idempotency-Replayed"] == "true"
+    assert app.executions == 2
 
 
 # ------------------------------------------------------------------ keys and extractors
@@ -442,10 +503,12 @@ def test_the_first_route_that_matches_counts():
 
 def test_without_a_policy_only_the_routes_are_protected():
     app = App()
-    _, client = wrap(app, policy=None, routes=[Route("/pay", Policy())])
+    _, client = wrap(app, policy=None, routes=iter([Route("/pay", Policy())]))
     post(client, path="/other")
     post(client, path="/other")
     assert app.executions == 2
+    post(client)
+    assert post(client).headers["Idempotency-Replayed"] == "true"
 
 
 @pytest.mark.parametrize(
@@ -460,6 +523,9 @@ def test_without_a_policy_only_the_routes_are_protected():
         ({"secret": "short"}, "at least 16"),
         ({"secret": 7}, "at least 16"),
         ({"routes": [Route("/<nothing:x>", Policy())]}, "can't be used"),
+        ({"routes": [Route("/<int(wide=1):x>", Policy())]}, "can't be used"),
+        ({"routes": [("/pay", Policy())]}, "use Route"),
+        ({"on_event": ["log"]}, "use callables"),
         ({"store": 7}, "use a database URL"),
         ({"store": "mysql://localhost/x"}, "not supported"),
         ({"store": "sqlite://"}, "memory:"),
@@ -650,14 +716,11 @@ def test_a_close_that_fails_does_not_cost_the_client_its_response(caplog):
 def test_what_the_application_puts_into_the_environ_is_visible_outside():
     app = App()
     middleware, _ = wrap(app, lint=False)
-    environ = EnvironBuilder(
-        method="POST", data=b"x", headers={"Idempotency-Key": "k"}
-    ).get_environ()
+    environ = environ_of()
     app.answer = lambda env, start: env.update(seen=True) or listed(app, env, start)
-    run_wsgi_app(middleware, environ)  # copies the environ
-    assert app.environ["seen"] is True
-    middleware(environ, lambda status, headers, exc_info=None: None)
-    assert environ[ENVIRON_KEY] if app.executions == 2 else True
+    middleware(environ, lambda status, headers: None)
+    assert environ["seen"] is True
+    assert environ[ENVIRON_KEY].key == "k1"
 
 
 # ------------------------------------------------------------------ what can't be held back
@@ -761,6 +824,53 @@ def test_a_response_the_server_can_not_send_counts_as_done():
         == 299
     )
     assert app.executions == 2
+
+
+@pytest.mark.parametrize("reachable", [True, False], ids=["recorded", "to be recorded"])
+def test_an_answer_is_settled_once_when_the_server_refuses_its_head(reachable):
+    """It was recorded, or is going to be, before the server saw its head."""
+
+    def refuse_head(status, headers):
+        raise ValueError("a newline in a header field")
+
+    store, app, told = FaultyStore(), App(body=b"x" * 200), []
+    policy = Policy(max_response_bytes=100)
+    middleware, client = wrap(app, store=store, lint=False, policy=policy, on_event=told.append)
+    if not reachable:
+        store.faults["complete"] = StoreUnavailable("down")
+    with pytest.raises(ValueError, match="newline"):
+        middleware(environ_of(), refuse_head)
+    if not reachable:
+        del store.faults["complete"]
+        middleware.heartbeat.flush()
+    refused(post(client), 409, "RESPONSE_NOT_REPLAYABLE", "false")
+    assert app.executions == 1
+    assert [event.name for event in told].count("executed") == 1
+    assert "fenced" not in [event.name for event in told]
+
+
+def test_a_location_that_can_not_be_parsed_is_left_out():
+    app = App(headers=[("Location", "http://[")], body=b"x" * 200)
+    _, client = wrap(app, lint=False, policy=Policy(max_response_bytes=100))
+    with contextlib.suppress(ValueError):
+        post(client)
+    retry = post(client)
+    refused(retry, 409, "RESPONSE_NOT_REPLAYABLE", "false")
+    assert "Location" not in retry.headers
+
+
+def test_a_client_that_goes_away_in_the_middle_of_a_stream_has_its_operation_done():
+    app = App(body=b"x" * 200)
+    middleware, client = wrap(app, lint=False, policy=Policy(max_response_bytes=100))
+    app.answer = lambda environ, start_response: Closing(
+        app, App.answer(app, environ, start_response) * 1000
+    )
+    body = middleware(environ_of(), lambda status, headers: None)
+    next(iter(body))
+    body.close()
+    assert app.closed == 1
+    refused(post(client), 409, "RESPONSE_NOT_REPLAYABLE", "false")
+    assert app.executions == 1
 
 
 def test_the_answer_to_one_range_counts_as_done():
@@ -974,6 +1084,113 @@ def test_a_response_that_the_store_refuses_counts_as_done():
     assert app.executions == 1
 
 
+def test_a_response_that_the_store_refuses_in_every_form_is_recorded_later():
+    """The client gets it, and nobody runs it again meanwhile."""
+    store, app = FaultyStore(), App()
+    store.faults["complete"] = NotStorable("not even its head")
+    middleware, client = wrap(app, store=store)
+    assert post(client).get_data() == b"made"
+    refused(post(client), 409, "CONFLICT", "true")
+    del store.faults["complete"]
+    middleware.heartbeat.flush()
+    assert post(client).headers["Idempotency-Replayed"] == "true"
+    assert app.executions == 1
+
+
+def test_a_response_that_is_recorded_late_may_still_turn_out_too_much():
+    class Picky(FaultyStore):
+        def complete(self, digest, token, completion):
+            if "complete" in self.faults:
+                raise self.faults["complete"]
+            if completion.body is not None:
+                raise NotStorable("too much")
+            return self.memory.complete(digest, token, completion)
+
+    store, app = Picky(), App()
+    store.faults["complete"] = StoreUnavailable("down")
+    middleware, client = wrap(app, store=store)
+    assert post(client).get_data() == b"made"
+    del store.faults["complete"]
+    middleware.heartbeat.flush()
+    refused(post(client), 409, "RESPONSE_NOT_REPLAYABLE", "false")
+    assert app.executions == 1
+
+
+@pytest.mark.parametrize("call", ["forget", "release"])
+def test_no_error_of_a_store_costs_the_client_its_response(call):
+    store, app = FaultyStore(), App("400 Bad" if call == "forget" else "500 Oh")
+    store.faults[call] = NotStorable("a bug of a third party's")
+    middleware, client = wrap(app, store=store)
+    assert post(client).status == app.status
+    del store.faults[call]
+    middleware.heartbeat.flush()
+    assert post(client).status == app.status
+    assert app.executions == 2
+
+
+def test_the_lease_is_kept_while_a_slow_store_records_the_end():
+    class Slow(FaultyStore):
+        def complete(self, digest, token, completion):
+            deadline = time.monotonic() + 20
+            while self.calls.count("renew") < 5 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self.lapsed = self.memory.lookup(digest).lapsed
+            return self.memory.complete(digest, token, completion)
+
+    store = Slow()
+    _, client = wrap(App(), store=store, policy=Policy(lease=1))
+    assert post(client).status_code == 201
+    assert store.lapsed is False
+    assert post(client).headers["Idempotency-Replayed"] == "true"
+
+
+def test_a_completion_whose_answer_was_lost_is_not_taken_for_a_lost_claim(caplog):
+    class Broken(FaultyStore):
+        def complete(self, digest, token, completion):
+            self.calls.append("complete")
+            self.memory.complete(digest, token, completion)
+            if self.calls.count("complete") == 1:
+                raise AnswerLost("the connection broke")
+            self.again.set()
+            return self.memory.complete(digest, token, completion)
+
+    store, app, told = Broken(), App(), []
+    store.again = threading.Event()
+    _, client = wrap(app, store=store, on_event=told.append)
+    assert post(client).status_code == 201
+    assert post(client).headers["Idempotency-Replayed"] == "true"
+    assert store.again.wait(20)
+    assert not app.environ[ENVIRON_KEY].lost
+    assert "lost its claim" not in caplog.text
+    assert "fenced" not in [event.name for event in told]
+
+
+def test_where_no_claim_can_be_kept_no_handler_runs():
+    """Its operation didn't happen, whatever the policy holds of those that may have."""
+    app = App()
+    _, client = wrap(app, lint=False, policy=Policy(outcomes=hold_unknown))
+    size = threading.stack_size(1 << 46)  # more than there is: no thread can be started
+    try:
+        with pytest.raises(RuntimeError):
+            post(client)
+    finally:
+        threading.stack_size(size)
+    assert app.executions == 0
+    assert post(client, body=b"corrected").status_code == 201
+    assert app.environ[ENVIRON_KEY].attempt == 1
+
+
+def test_a_newline_in_a_path_forges_no_line_in_the_log(caplog):
+    store = FaultyStore()
+    store.faults["claim"] = StoreUnavailable("down")
+    middleware, _ = wrap(App(), store=store, lint=False)
+    environ = environ_of(PATH_INFO="/pay\nCRITICAL all is well")
+    middleware(environ, lambda status, headers, exc_info=None: None)
+    assert caplog.messages == [
+        "no claim could be made for POST /pay\\x0aCRITICAL all is well: down"
+    ]
+
+
 def test_an_interruption_while_it_claims_is_undone():
     store, app = FaultyStore(), App()
     store.faults["claim"] = KeyboardInterrupt()
@@ -1068,10 +1285,11 @@ def test_without_a_winner_s_response_an_overtaken_handler_answers_409(then, code
     refused(post(client), 409, code, retry)
 
 
-def test_an_overtaken_handler_whose_store_fails_answers_409():
+@pytest.mark.parametrize("fault", [StoreUnavailable("down"), ZeroDivisionError("bug")], ids=repr)
+def test_an_overtaken_handler_whose_store_fails_answers_409(fault):
     store, app = FaultyStore(), App()
     app.answer = overtaking(store.memory, completes(store.memory))
-    store.faults["lookup"] = StoreUnavailable("down")
+    store.faults["lookup"] = fault
     _, client = wrap(app, store=store)
     refused(post(client), 409, "OUTCOME_UNKNOWN", "false")
 
@@ -1118,6 +1336,39 @@ def test_an_outcomes_function_that_fails_stores_or_holds(caplog):
     post(client)
     assert post(client).headers["Idempotency-Replayed"] == "true"
     assert "outcomes failed" in caplog.text
+
+
+def test_an_interruption_of_the_policy_s_decision_does_not_keep_the_claim():
+    interruptions = [KeyboardInterrupt()]
+
+    def outcomes(outcome):
+        if not outcome.lapsed and interruptions:
+            raise interruptions.pop()
+        return store_success(outcome)
+
+    app = App()
+    _, client = wrap(app, lint=False, policy=Policy(outcomes=outcomes))
+    with pytest.raises(KeyboardInterrupt):
+        post(client)
+    assert post(client).status_code == 201
+    assert app.environ[ENVIRON_KEY].attempt == 2
+
+
+def test_an_interruption_of_an_observer_does_not_keep_a_place_to_wait():
+    app = Gate()
+
+    def observer(event):
+        if event.name == "waited":
+            raise KeyboardInterrupt
+
+    _, client = wrap(app, lint=False, policy=Policy(wait=0.05), max_waiting=1, on_event=observer)
+    threads, _ = in_threads(1, lambda: post(client))
+    assert app.entered.wait(30)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            post(client)
+    app.go.set()
+    threads[0].join()
 
 
 # ------------------------------------------------------------------ the operation

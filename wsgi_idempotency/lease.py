@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from wsgi_idempotency.errors import StoreUnavailable
 from wsgi_idempotency.operation import Operation
 from wsgi_idempotency.records import Claim
 from wsgi_idempotency.stores.base import Store
@@ -38,6 +39,7 @@ class _Kept:
     finish: Finish | None = None
     finish_at: float = field(default=float("inf"))
     backoff: float = _FIRST_RETRY
+    finishing: bool = False
 
     def due(self) -> float:
         return min(self.renew_at, self.finish_at)
@@ -72,8 +74,14 @@ class Heartbeat:
         kept = _Kept(claim, operation, now + claim.lease / 3, now + claim.retention)
         self._add(kept)
 
+    def finishing(self, claim: Claim) -> None:
+        """Keep a claim while its operation is being finished; that it is gone means nothing."""
+        kept = self._kept.get(claim.token)
+        if kept is not None:
+            kept.finishing = True
+
     def stop(self, claim: Claim) -> None:
-        """Leave a claim to its lease: its operation is being finished."""
+        """Leave a claim to its lease: its operation is finished."""
         if self._changed is not None:
             with self._changed:
                 self._kept.pop(claim.token, None)
@@ -97,8 +105,11 @@ class Heartbeat:
             return
         with self._changed:
             left = [kept for kept in self._kept.values() if kept.finish is not None]
+        reached = True
         for kept in left:
-            if not self._finish(self._changed, kept) and kept.operation is not None:
+            # The process may be killed if it takes too long to end: one time-out, not many.
+            reached = reached and self._finish(self._changed, kept)
+            if kept.claim.token in self._kept and kept.operation is not None:
                 claim = kept.claim
                 logger.critical(
                     "%s %s was run, and the store could not be told before this process ended:"
@@ -126,9 +137,13 @@ class Heartbeat:
             if self._changed is not None:
                 return self._changed
             changed = self._changed = threading.Condition()
-        threading.Thread(
-            target=self._run, args=(changed,), name="idempotency-heartbeat", daemon=True
-        ).start()
+        try:
+            threading.Thread(
+                target=self._run, args=(changed,), name="idempotency-heartbeat", daemon=True
+            ).start()
+        except BaseException:
+            self._changed = None  # the next claim tries again
+            raise
         return changed
 
     def _run(self, changed: threading.Condition) -> None:
@@ -165,7 +180,7 @@ class Heartbeat:
             # Once the store can't be reached, each further try would cost its time-out,
             # and the leases of the others run meanwhile.
             reached = reached and self._finish(changed, kept)
-            if not reached:
+            if kept.claim.token in self._kept:
                 kept.backoff = min(kept.backoff * 2, kept.claim.lease / 3)
                 kept.finish_at = time.monotonic() + kept.backoff
 
@@ -181,23 +196,23 @@ class Heartbeat:
             return
         for kept in renew:
             kept.renew_at = time.monotonic() + kept.claim.lease / 3
-            if kept.claim.token not in alive:
-                with changed:
-                    # One that was stopped meanwhile was finished, not lost.
-                    lost = self._kept.pop(kept.claim.token, None) is not None
-                if lost:
-                    self._tell_lost(kept)
+            if kept.claim.token in alive or kept.finishing or kept.finish is not None:
+                continue  # or its row is no longer in flight because it was finished
+            with changed:
+                # One that was stopped meanwhile was finished, not lost.
+                lost = self._kept.pop(kept.claim.token, None) is not None
+            if lost:
+                self._tell_lost(kept)
 
     def _finish(self, changed: threading.Condition, kept: _Kept) -> bool:
+        """False when the store can't be reached, so that others needn't be tried now."""
         assert kept.finish is not None
         try:
             done = kept.finish()
         except Exception as exc:
             logger.warning("the end of %s can't be recorded yet: %s", kept.claim.digest.hex(), exc)
-            return False
+            return not isinstance(exc, StoreUnavailable)
         if kept.operation is None and not done:
-            kept.backoff *= 2
-            kept.finish_at = time.monotonic() + kept.backoff
             return True
         with changed:
             self._kept.pop(kept.claim.token, None)

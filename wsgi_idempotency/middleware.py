@@ -13,9 +13,10 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import Map, RequestRedirect, Rule
@@ -134,7 +135,12 @@ class IdempotencyMiddleware:
 
     def _policy_of(self, environ: WSGIEnvironment) -> Policy | None:
         method = environ["REQUEST_METHOD"].upper()
-        if method not in self._methods or ENVIRON_KEY in environ:
+        if method not in self._methods:
+            return None
+        # Wrapped twice, the outer one protects. An operation that has ended protects nothing:
+        # something outside sends the same environ again.
+        around = environ.get(ENVIRON_KEY)
+        if around is not None and not around.ended:
             return None
         matching = (policy for matches, policy in self._routes if matches(environ))
         policy = next(matching, self.policy)
@@ -461,19 +467,30 @@ class _Execution:
             before_first_byte=self._before_first_byte,
             after_last_byte=self._after_last_byte,
         )
+        self._begin()
         try:
-            self._heartbeat.start(self._claim, self._operation)
             answer = capture.run(request.middleware.app, request.environ)
+            if isinstance(answer, Passing):
+                return answer.body
+            if isinstance(answer, Whole) and self._settle(answer):
+                return request.respond(answer)
+            return request.winner(self._claim)
         except BaseException as exc:
             # Also GreenletExit, SystemExit and KeyboardInterrupt: the handler is over.
-            if not capture.passing:
+            if not capture.passing and not self._operation.ended:
                 self._end(self._action(Outcome(exception=exc)))
             raise
-        if isinstance(answer, Passing):
-            return answer.body
-        if isinstance(answer, Whole) and self._settle(answer):
-            return request.respond(answer)
-        return request.winner(self._claim)
+
+    def _begin(self) -> None:
+        """Keep the claim from now on. Where that can't be (no thread can be started), the
+        handler doesn't run, and its operation is not one that may have happened."""
+        try:
+            self._heartbeat.start(self._claim, self._operation)
+        except BaseException:
+            undo = self._store.forget if self._operation.attempt == 1 else self._store.release
+            with suppress(Exception):
+                undo(self._claim.digest, self._claim.token)
+            raise
 
     # ------------------------------------------------------------ settling
 
@@ -521,16 +538,16 @@ class _Execution:
             status = status[:3]
         completion = Completion(status, kept, None if reason else body, reason)
         digest, token = self._claim.digest, self._claim.token
-        try:
-            return self._finish(
-                Action.STORE, lambda: self._store.complete(digest, token, completion)
-            )
-        except NotStorable as exc:
-            logger.exception("the response of %r can't be stored", self._operation)
-            completion = Completion(status, (), None, f"the store refused it: {exc}")
-            return self._finish(
-                Action.STORE, lambda: self._store.complete(digest, token, completion)
-            )
+
+        def complete() -> bool:
+            try:
+                return self._store.complete(digest, token, completion)
+            except NotStorable as exc:
+                logger.exception("the response of %r can't be stored", self._operation)
+                refused = Completion(status, (), None, f"the store refused it: {exc}")
+                return self._store.complete(digest, token, refused)
+
+        return self._finish(Action.STORE, complete)
 
     def _end(self, action: Action) -> None:
         ends = {
@@ -547,11 +564,11 @@ class _Execution:
         an error, nor lose the claim. The heartbeat keeps it and tries again.
         """
         seconds = time.monotonic() - self._started
-        self._heartbeat.stop(self._claim)
+        self._operation.ended = True
+        self._heartbeat.finishing(self._claim)
         try:
             kept = finish()
-        except NotStorable:
-            raise
+            self._heartbeat.stop(self._claim)
         except BaseException as exc:
             self._heartbeat.finish_later(self._claim, self._operation, finish)
             logger.error("%r was run, and will be recorded later: %s", self._operation, exc)

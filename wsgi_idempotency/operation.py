@@ -35,6 +35,8 @@ class Operation:
         #: Somebody took the claim over: what this handler answers won't be recorded.
         #: True some time after it happened (a third of the lease at most).
         self.lost = False
+        #: Its outcome has been settled.
+        self.ended = False
         #: What the handler asked for, or None for what the policy says.
         self.overrule: Action | None = None
 
