@@ -258,14 +258,17 @@ def play(
 ) -> Iterable[bytes]:
     """Answer with a stored response.
 
-    :param extra: header pairs to add.
+    :param extra: header pairs to add, in place of stored ones of the same name.
     """
     status = int(response.status[:3])
     head_only = environ["REQUEST_METHOD"] == "HEAD"
     # RFC 9110 sections 15.3.5, 15.3.6 and 15.4.5: these have no content. Section 8.6: no
     # Content-Length with 204, and with 304 or HEAD only the length of what isn't sent.
     body = b"" if head_only or status in (204, 205, 304) else response.body
-    headers = [*response.headers, *extra]
+    extra = tuple(extra)
+    ours = {name.lower() for name, _ in extra}
+    headers = [pair for pair in response.headers if pair[0].lower() not in ours]
+    headers += extra
     if not head_only and status not in (204, 304):
         headers.append(("Content-Length", str(len(body))))
     start_response(response.status, headers)

@@ -178,6 +178,7 @@ class _Request:
         self.body = Body(environ, policy.max_request_bytes)
         self._method = environ["REQUEST_METHOD"].upper()
         self._path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+        self._shown = scope.printable(f"{self._method} {self._path}")  # for the log
         self._digest = ""
 
     def answer(self) -> Iterable[bytes]:
@@ -308,9 +309,9 @@ class _Request:
                 elif not (isinstance(decision, protocol.InFlight) and wait.a_little()):
                     raise self._refusal(decision)
         finally:
+            wait.over()
             if wait.seconds is not None:
                 self.tell("waited", seconds=wait.seconds)
-            wait.over()
 
     @contextmanager
     def _undoing(self, claim: Claim, undo: Callable[[bytes, bytes], bool]) -> Iterator[None]:
@@ -338,10 +339,10 @@ class _Request:
         if isinstance(decision, protocol.Mismatch):
             return _Refused(problem("FINGERPRINT_MISMATCH"), "mismatch")
         if isinstance(decision, protocol.NotReplayable):
-            location = ("Location", decision.location or "")
+            location = decision.location
             told = problem(
                 "RESPONSE_NOT_REPLAYABLE",
-                headers=(location,) if decision.location and sendable(location) else (),
+                headers=(("Location", location),) if location and _is_uri(location) else (),
                 extensions={"original_status": decision.status},
             )
             return _Refused(told, "not_replayable")
@@ -355,9 +356,8 @@ class _Request:
 
     def _without_store(self, exc: Exception) -> Iterable[bytes]:
         logger.error(
-            "no claim could be made for %s %s: %s",
-            self._method,
-            self._path,
+            "no claim could be made for %s: %s",
+            self._shown,
             exc,
             exc_info=None if isinstance(exc, StoreError) else exc,
         )
@@ -412,8 +412,8 @@ class _Request:
             record = self.middleware.store.lookup(claim.digest)
             if record is not None:
                 decision = protocol.decide(record, self._fingerprint_like(record, claim))
-        except (StoreError, _Refused):
-            logger.exception("who overtook %s %s can't be told", self._method, self._path)
+        except Exception:
+            logger.exception("who overtook %s can't be told", self._shown)
         if isinstance(decision, protocol.Replay):
             return self._replay(decision)
         return self._refuse(self._refusal(decision))
@@ -640,6 +640,15 @@ def _adding(start_response: StartResponse, added: Headers) -> StartResponse:
         return start_response(status, [*others, *added], exc_info)
 
     return adding
+
+
+def _is_uri(location: str) -> bool:
+    """Whether a stored Location can be sent with a problem, whose response parses it."""
+    try:
+        urlsplit(location)
+    except ValueError:
+        return False
+    return sendable(("Location", location))
 
 
 def _matcher(route: Route) -> Callable[[WSGIEnvironment], bool]:
