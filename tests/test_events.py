@@ -1,0 +1,206 @@
+"""What observers are told of each request, and that they can't break one (promise P9)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import pytest
+from werkzeug.test import Client
+
+from wsgi_idempotency import (
+    Event,
+    IdempotencyMiddleware,
+    MemoryStore,
+    Policy,
+    everyone,
+    hold_unknown,
+)
+from wsgi_idempotency.errors import ConfigurationError, StoreUnavailable
+from wsgi_idempotency.events import Observers
+
+EVENT = Event(name="executed", method="POST", path="/pay")
+
+
+def test_one_observer_or_many_are_told_in_turn():
+    told = []
+    Observers(told.append).tell(EVENT)
+    Observers([lambda event: told.append(1), lambda event: told.append(2)]).tell(EVENT)
+    Observers(()).tell(EVENT)
+    assert told == [EVENT, 1, 2]
+    assert [bool(Observers(some)) for some in ((), told.append, [told.append])] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def test_an_observer_that_raises_is_logged_and_the_others_are_told(caplog):
+    def failing(event):
+        raise LookupError("oops")
+
+    told = []
+    Observers([failing, told.append]).tell(EVENT)
+    assert told == [EVENT]
+    assert "failed on executed" in caplog.text
+    assert "LookupError: oops" in caplog.text
+
+
+def test_an_interruption_is_not_swallowed():
+    """A worker told to exit while it counts is told to exit."""
+
+    def interrupted(event):
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        Observers(interrupted).tell(EVENT)
+
+
+@pytest.mark.parametrize("observers", [["log"], [print, None]], ids=repr)
+def test_what_can_not_be_called_is_refused(observers):
+    with pytest.raises(ConfigurationError, match=r"use callables \(Event\) -> None"):
+        Observers(observers)
+
+
+class Shop:
+    """An application behind the middleware, and the events of each of its requests."""
+
+    def __init__(self, store=None, **options):
+        self.status, self.told = "201 Made It", []
+        options.setdefault("scope", everyone)
+        self.middleware = IdempotencyMiddleware(
+            self.app, store or MemoryStore(), on_event=self.told.append, **options
+        )
+        self.client = Client(self.middleware)
+
+    def app(self, environ, start_response):
+        if self.status is None:
+            raise RuntimeError("handler")
+        start_response(self.status, [])
+        return [b"body"]
+
+    def post(self, body=b"body", key="secret-key", path="/pay"):
+        """Send a request; returns what was told of it, without what is None."""
+        self.told.clear()
+        with contextlib.suppress(RuntimeError):
+            self.client.post(path, data=body, headers={"Idempotency-Key": key}, buffered=True)
+        for event in self.told:
+            assert (event.method, event.path) == ("POST", path)
+            assert "secret-key" not in repr(event)
+        return [
+            {
+                name: value
+                for name, value in dataclasses.asdict(event).items()
+                if value is not None and name not in ("method", "path", "key_digest")
+            }
+            for event in self.told
+        ]
+
+
+def executed(action, attempt=1):
+    return {"name": "executed", "attempt": attempt, "action": action}
+
+
+def without_seconds(events):
+    for event in events:
+        assert event.pop("seconds", 0.0) >= 0.0
+    return events
+
+
+def test_a_run_is_told_with_its_attempt_what_became_of_it_and_how_long_it_took():
+    shop = Shop()
+    assert shop.post()[0]["seconds"] > 0
+    assert without_seconds(shop.post()) == [{"name": "replayed"}]
+    assert without_seconds(shop.post(b"other")) == [
+        {"name": "mismatch", "code": "FINGERPRINT_MISMATCH"}
+    ]
+    assert len(shop.told[0].key_digest) == 64
+
+
+@pytest.mark.parametrize(
+    ("status", "action"),
+    [("201 Made It", "store"), ("400 Bad", "forget"), ("500 Oh", "release"), (None, "release")],
+    ids=["success", "client's fault", "server's fault", "exception"],
+)
+def test_every_ending_is_told(status, action):
+    shop = Shop()
+    shop.status = status
+    assert without_seconds(shop.post()) == [executed(action)]
+
+
+def test_a_second_attempt_is_told_as_a_take_over():
+    shop = Shop()
+    shop.status = "500 Oh"
+    shop.post()
+    shop.status = "201 Made It"
+    assert without_seconds(shop.post()) == [
+        {"name": "taken_over", "attempt": 2},
+        executed("store", attempt=2),
+    ]
+
+
+def test_what_is_held_and_what_can_not_be_replayed_is_told_apart():
+    shop = Shop(policy=Policy(outcomes=hold_unknown, max_response_bytes=3))
+    shop.status = None
+    assert without_seconds(shop.post()) == [executed("hold")]
+    assert shop.post() == [{"name": "held", "code": "OUTCOME_UNKNOWN"}]
+    shop.status = "201 Made It"
+    assert without_seconds(shop.post(path="/other")) == [executed("store")]
+    assert shop.post(path="/other") == [
+        {"name": "not_replayable", "code": "RESPONSE_NOT_REPLAYABLE"}
+    ]
+
+
+def test_a_refusal_is_told_with_its_code_and_its_cause():
+    shop = Shop(scope=lambda environ: {}["user"])
+    (event,) = shop.post()
+    assert (event["name"], event["code"]) == ("refused", "EXTRACTOR_FAILED")
+    assert isinstance(event["exception"], KeyError)
+    assert shop.told[0].key_digest == ""
+    (event,) = Shop().post(key="a,b")
+    assert (event["name"], event["code"]) == ("refused", "INVALID_KEY")
+
+
+class Unreachable(MemoryStore):
+    def claim(self, claim):
+        raise StoreUnavailable("down")
+
+
+@pytest.mark.parametrize(
+    ("choice", "then"),
+    [
+        ("refuse", {"name": "refused", "code": "STORE_UNAVAILABLE"}),
+        ("bypass", {"name": "unprotected"}),
+    ],
+)
+def test_a_store_that_can_not_be_reached_is_told_and_what_was_done_about_it(choice, then):
+    shop = Shop(Unreachable(), policy=Policy(on_store_failure=choice))
+    first, second = shop.post()
+    assert first["name"] == "store_failure"
+    assert isinstance(first["exception"], StoreUnavailable)
+    assert second == then
+
+
+def test_an_end_that_could_not_be_recorded_is_told_with_the_run():
+    class Forgetful(MemoryStore):
+        down = True
+
+        def complete(self, digest, token, completion):
+            if self.down:
+                raise StoreUnavailable("down")
+            return super().complete(digest, token, completion)
+
+    store = Forgetful()
+    shop = Shop(store)
+    failure, run = without_seconds(shop.post())
+    store.down = False
+    shop.middleware.heartbeat.flush()
+    assert (failure["name"], failure["attempt"]) == ("store_failure", 1)
+    assert run == executed("store")
+
+
+def test_nobody_is_told_of_a_request_that_passes():
+    shop = Shop()
+    shop.client.get("/pay", headers={"Idempotency-Key": "k"}, buffered=True)
+    shop.client.post("/pay", buffered=True)
+    assert shop.told == []
