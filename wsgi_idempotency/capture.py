@@ -87,7 +87,7 @@ class Capture:
         self._headers: Headers = []
         self._held: list[bytes] = []
         self._size = 0
-        self._server_write: Callable[[bytes], object] | None = None
+        self._server_write: Callable[[bytes], object]  # once it is passing
         self.passing = False  # the answer's head is out
         self._dropped = False
         self._iterable: Iterable[bytes] = ()
@@ -186,7 +186,7 @@ class Capture:
         if not self.passing:
             self._hold(data)
             data = b"".join(self._take_held()) if self.passing else b""
-        if data and self._server_write is not None:
+        if data:
             self._server_write(data)
 
     # ------------------------------------------------------------ holding back
