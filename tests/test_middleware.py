@@ -22,7 +22,11 @@ from wsgi_idempotency import (
     MemoryStore,
     Policy,
     Route,
+    SQLStore,
+    by_authorization,
+    by_cookie,
     by_header,
+    canonical,
     current_operation,
     everyone,
     form_field,
@@ -35,6 +39,14 @@ from wsgi_idempotency.capture import InvalidApplication
 from wsgi_idempotency.errors import AnswerLost, ConfigurationError, NotStorable, StoreUnavailable
 from wsgi_idempotency.operation import ENVIRON_KEY
 from wsgi_idempotency.problems import stripe
+
+
+@pytest.fixture(params=["memory", "SQLite"])
+def store(request, sqlite_url):
+    """A store that a test may look into."""
+    store = MemoryStore() if request.param == "memory" else SQLStore(sqlite_url, timeout=0.2)
+    yield store
+    store.close()
 
 
 class Client(WerkzeugClient):
@@ -107,7 +119,7 @@ def wrap(app, *, store=None, lint=True, **options):
     options.setdefault("scope", everyone)
     inner = validator(app) if lint else app
     middleware = IdempotencyMiddleware(inner, store or "memory:", **options)
-    return middleware, Client(validator(middleware) if lint else middleware)
+    return middleware, Client(validator(middleware) if lint else middleware, use_cookies=False)
 
 
 def post(client, key="k1", body=b"body", path="/pay", **headers):
@@ -303,8 +315,6 @@ def test_in_the_scope_s_namespace_another_endpoint_is_a_mismatch():
 
 def test_a_policy_changed_between_two_tries_still_compares():
     store, app = MemoryStore(), App()
-    from wsgi_idempotency import canonical
-
     post(wrap(app, store=store)[1])
     retry = post(wrap(app, store=store, policy=Policy(fingerprint=canonical))[1])
     assert retry.headers["Idempotency-Replayed"] == "true"
@@ -315,6 +325,220 @@ def test_with_no_fingerprint_the_key_alone_identifies():
     _, client = wrap(app, policy=Policy(fingerprint=None))
     post(client)
     assert post(client, body=b"other").headers["Idempotency-Replayed"] == "true"
+
+
+def test_ten_megabytes_of_any_bytes_are_replayed_on_every_store(store):
+    body = bytes(range(256)) * (40 * 1024)
+    app = App(headers=[("Location", "https://shop.example/charges/1")], body=body)
+    _, client = wrap(app, store=store, policy=Policy(max_response_bytes=len(body)))
+    first, second = post(client), post(client)
+    assert first.get_data() == second.get_data() == body
+    assert second.headers["Location"] == "https://shop.example/charges/1"
+    assert second.headers.getlist("Content-Length") == [str(len(body))]
+    assert app.executions == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "again"),
+    [
+        ("200 OK", b"", "replayed"),
+        ("201 Created", b"", "replayed"),
+        ("205 Reset Content", b"", "replayed"),
+        ("299 Odd But Fine", b"x", "replayed"),
+        ("303 See Other", b"", "replayed"),
+        ("400 Bad Request", b"x", "fresh"),
+        ("404 Not Found", b"x", "fresh"),
+        ("422 No", b"x", "fresh"),
+        ("429 Slow Down", b"x", "fresh"),
+        ("500 Oh", b"x", "attempt 2"),
+        ("503 Later", b"x", "attempt 2"),
+    ],
+)
+def test_a_status_decides_what_a_retry_gets(store, status, body, again):
+    app = App(status, body=body)
+    _, client = wrap(app, store=store)
+    first, second = post(client), post(client)
+    assert first.status == second.status == status
+    assert first.get_data() == second.get_data() == body
+    assert (second.headers.get("Idempotency-Replayed") == "true") is (again == "replayed")
+    assert app.executions == (1 if again == "replayed" else 2)
+    assert app.environ[ENVIRON_KEY].attempt == (2 if again == "attempt 2" else 1)
+
+
+#: http-contract.md, "What is never stored or replayed".
+OF_ONE_REQUEST = [
+    ("Clear-Site-Data", '"cache"'),
+    ("WWW-Authenticate", "Basic"),
+    ("Authentication-Info", "x"),
+    ("Server-Timing", "db;dur=1"),
+    ("traceparent", "00-1-1-00"),
+    ("tracestate", "a=b"),
+    ("X-Request-Id", "1"),
+    ("X-Correlation-Id", "1"),
+    ("Retry-After", "1"),
+    ("RateLimit-Policy", "x"),
+    ("X-RateLimit-Remaining", "1"),
+    ("Access-Control-Allow-Origin", "*"),
+    ("Signature", "x"),
+    ("Signature-Input", "x"),
+    ("Set-Cookie", "session=secret"),
+    ("Set-Cookie", "other=secret"),
+    ("Server", "shop"),
+    ("Via", "1.1 x"),
+    ("Age", "1"),
+    ("Alt-Svc", "x"),
+    ("Date", "Mon, 01 Jan 2024 00:00:00 GMT"),
+]
+
+
+def test_what_is_of_one_request_is_sent_once_and_not_replayed():
+    kept = [("Content-Language", "de"), ("Vary", "Accept"), ("VARY", "Cookie"), ("X-Empty", "")]
+    app = App(headers=[*OF_ONE_REQUEST, *kept])
+    _, client = wrap(app)
+    first, second = post(client), post(client)
+    assert list(first.headers) == [("Content-Type", "text/plain"), *OF_ONE_REQUEST, *kept]
+    assert list(second.headers) == [
+        ("Content-Type", "text/plain"),
+        *kept,
+        ("Idempotency-Replayed", "true"),
+        ("Content-Length", "4"),
+    ]
+
+
+def test_a_header_that_the_policy_names_is_replayed_although_it_is_of_one_request():
+    app = App(headers=OF_ONE_REQUEST)
+    _, client = wrap(app, policy=Policy(replay_headers=["Set-Cookie", "x-request-id"]))
+    post(client)
+    replay = post(client).headers
+    assert replay.getlist("Set-Cookie") == ["session=secret", "other=secret"]
+    assert replay["X-Request-Id"] == "1"
+    assert "Date" not in replay
+
+
+def test_what_changes_from_try_to_try_is_not_part_of_the_payload():
+    app = App()
+    _, client = wrap(app)
+    post(client, User_Agent="shop/1", X_Stainless_Retry_Count="0", traceparent="00-1-1-00")
+    retry = post(client, User_Agent="shop/2", X_Stainless_Retry_Count="1", traceparent="00-2-2-00")
+    assert retry.headers["Idempotency-Replayed"] == "true"
+    assert app.executions == 1
+
+
+def test_another_media_type_is_another_payload():
+    app = App()
+    _, client = wrap(app)
+    post(client)
+    answer = client.post(
+        "/pay", data=b"body", content_type="text/html", headers={"Idempotency-Key": "k1"}
+    )
+    refused(answer, 422, "FINGERPRINT_MISMATCH", "false")
+    assert app.executions == 1
+
+
+@pytest.mark.parametrize(
+    "fingerprint", [Policy().fingerprint, canonical], ids=["exact", "by value"]
+)
+def test_a_form_with_another_boundary_is_the_same_payload(fingerprint):
+    app = App()
+    _, client = wrap(app, policy=Policy(fingerprint=fingerprint))
+    for boundary in ("one", "two"):
+        part = 'Content-Disposition: form-data; name="a"\r\n\r\n1\r\n'
+        answer = client.post(
+            "/pay",
+            data=f"--{boundary}\r\n{part}--{boundary}--\r\n".encode(),
+            content_type=f"multipart/form-data; boundary={boundary}",
+            headers={"Idempotency-Key": "k"},
+        )
+    assert answer.headers["Idempotency-Replayed"] == "true"
+    assert app.executions == 1
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "executions"), [(Policy().fingerprint, 422), (canonical, 201)]
+)
+def test_json_in_another_order_is_the_same_by_value_alone(fingerprint, executions):
+    _, client = wrap(App(), policy=Policy(fingerprint=fingerprint))
+    for body in (b'{"a": 1, "b": 2}', b'{"b":2,"a":1}'):
+        answer = client.post(
+            "/pay", data=body, content_type="application/json", headers={"Idempotency-Key": "k"}
+        )
+    assert answer.status_code == executions
+
+
+@pytest.mark.parametrize("size", [0, 10_000_000], ids=["an empty body", "ten megabytes"])
+def test_a_body_is_the_same_however_its_end_was_told(size):
+    app = App()
+    middleware, client = wrap(app, lint=False)
+    body = bytes(size)
+    post(client, body=body)
+    chunked = environ_of(body, HTTP_TRANSFER_ENCODING="chunked")
+    chunked["wsgi.input_terminated"] = True
+    chunked.pop("CONTENT_LENGTH", None)
+    answer = Client(lambda _, start_response: middleware(chunked, start_response)).get("/")
+    assert answer.headers["Idempotency-Replayed"] == "true"
+    if not size:
+        absent = environ_of(body, CONTENT_LENGTH="", CONTENT_TYPE="")
+        answer = Client(lambda _, start_response: middleware(absent, start_response)).get("/")
+        assert answer.headers["Idempotency-Replayed"] == "true"
+    assert app.executions == 1
+
+
+def test_applications_mounted_apart_have_key_spaces_of_their_own(store):
+    """And no cut of a path and a key makes another's."""
+    app = App()
+    middleware, _ = wrap(app, store=store, lint=False)
+    requests = [
+        {"SCRIPT_NAME": "/a", "PATH_INFO": "/pay"},
+        {"SCRIPT_NAME": "/b", "PATH_INFO": "/pay"},
+        {"PATH_INFO": "/a", "HTTP_IDEMPOTENCY_KEY": "b:c"},
+        {"PATH_INFO": "/a:b", "HTTP_IDEMPOTENCY_KEY": "c"},
+    ]
+    for again in ("", "true"):
+        for request in requests:
+            environ = environ_of(**request)
+            answer = Client(lambda _, start, e=environ: middleware(e, start)).get("/")
+            assert answer.headers.get("Idempotency-Replayed", "") == again
+    assert app.executions == 4
+
+
+def test_no_cut_of_a_scope_and_a_key_makes_another_s():
+    app = App()
+    _, client = wrap(app, scope=lambda environ: environ["HTTP_X_TENANT"])
+    post(client, "bc", X_Tenant="a")
+    post(client, "c", X_Tenant="ab")
+    assert app.executions == 2
+
+
+# ------------------------------------------------------------------ secrets (P12)
+
+
+@pytest.mark.parametrize("secret", [None, "0123456789abcdef"], ids=["no secret", "a secret"])
+def test_nothing_secret_is_stored_logged_or_told(tmp_path, caplog, secret):
+    """Not the credentials, not the cookies, not the body that was sent."""
+    caplog.set_level("DEBUG")
+    app, told = App(headers=[("Set-Cookie", "session=fresh-5ecret")]), []
+    for scope in (by_authorization, by_cookie("session")):
+        store = SQLStore(f"sqlite:///{tmp_path}/keys.db")
+        _, client = wrap(app, store=store, scope=scope, secret=secret, on_event=told.append)
+        for status in ("201 Made It", "500 Oh"):
+            app.status = status
+            for body in (b"card=4242-5ecret", b"card=other-5ecret"):
+                post(
+                    client,
+                    status[:3],
+                    body,
+                    Authorization="Bearer token-5ecret",
+                    Cookie="session=cookie-5ecret",
+                )
+        store.close()
+    assert {event.name for event in told} == {"executed", "mismatch"}
+    kept = b"".join(file.read_bytes() for file in tmp_path.glob("keys.db*"))
+    assert b"idempotency_keys" in kept
+    assert b"5ecret" not in kept
+    assert "5ecret" not in caplog.text
+    assert "5ecret" not in repr(told)
+    if secret is not None:
+        assert secret.encode() not in kept
 
 
 # ------------------------------------------------------------------ pass-through (P5)
@@ -339,6 +563,52 @@ def test_other_methods_pass_untouched(method):
     assert seen[0] is environ
     assert seen[1] is start_response
     assert store.calls == []
+
+
+class Unreadable:
+    """A body that must be left alone."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} of the body was used")
+
+
+@pytest.mark.parametrize(
+    ("options", "environ"),
+    [
+        ({}, {"HTTP_IDEMPOTENCY_KEY": None}),
+        ({}, {"REQUEST_METHOD": "PUT"}),
+        ({"routes": [Route("/pay", None)]}, {}),
+        ({"policy": None}, {}),
+        ({"policy": Policy(methods=["put"])}, {}),
+    ],
+    ids=["no key", "another method", "an exempt route", "no policy", "another policy's method"],
+)
+def test_what_is_not_protected_reaches_the_application_as_the_server_sent_it(options, environ):
+    """Its own environ and start_response, its own iterable back, and nothing of it touched."""
+    store, seen, iterable = FaultyStore(), [], Closing(App(), [])
+
+    def app(environ, start_response):
+        seen.extend([environ, start_response])
+        return iterable
+
+    def start_response(status, headers): ...
+
+    middleware, _ = wrap(app, store=store, lint=False, **options)
+    sent = {k: v for k, v in environ_of(**environ).items() if v is not None}
+    sent["wsgi.input"] = Unreadable()
+    before = dict(sent)
+    assert middleware(sent, start_response) is iterable
+    assert seen[0] is sent
+    assert seen[1] is start_response
+    assert sent == before
+    assert store.calls == []
+
+
+def test_methods_are_protected_in_any_case():
+    app = App()
+    _, client = wrap(app, policy=Policy(methods=["post"]))
+    post(client)
+    assert post(client).headers["Idempotency-Replayed"] == "true"
 
 
 def test_a_request_without_a_key_passes_with_its_body_unread():
@@ -391,6 +661,35 @@ def test_an_environ_that_is_sent_again_is_another_request(rewound):
 
 
 # ------------------------------------------------------------------ keys and extractors
+
+
+def test_a_quoted_key_is_unescaped(store):
+    app = App()
+    _, client = wrap(app, store=store)
+    post(client, r'"a\"b\\c"')
+    assert app.environ[ENVIRON_KEY].key == r'a"b\c'
+    assert post(client, r'"a\"b\\c";v=1').headers["Idempotency-Replayed"] == "true"
+
+
+def test_keys_that_differ_in_case_are_two():
+    app = App()
+    _, client = wrap(app)
+    post(client, "key")
+    post(client, "KEY")
+    assert app.executions == 2
+
+
+@pytest.mark.parametrize(
+    "key", ["a\x00", "a\x01b", "a\x7f", '"a\x00"', "a\n b", "a, b", "\xe9", "k" * 20_000]
+)
+def test_a_key_that_no_column_could_take_never_reaches_the_store(store, caplog, key):
+    app = App()
+    middleware, _ = wrap(app, store=store, lint=False)
+    environ = environ_of(HTTP_IDEMPOTENCY_KEY=key)
+    answer = Client(lambda _, start_response: middleware(environ, start_response)).get("/")
+    refused(answer, 400, "KEY_TOO_LONG" if len(key) > 256 else "INVALID_KEY", "false")
+    assert app.executions == 0
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("key", ["", '""', "  ", '"a', "a,b", "a b", '"\\n"', "\xe9"])
@@ -478,7 +777,96 @@ def test_a_body_that_can_not_be_taken_is_refused_and_nothing_claimed(environ, st
     assert store.calls == []
 
 
+def flask_form(flask):
+    return flask.request.form["a"]
+
+
+def flask_data(flask):
+    return flask.request.get_data().decode().partition("=")[2]
+
+
+def flask_stream(flask):
+    return flask.request.stream.read().decode().partition("=")[2]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda stream, size: stream.read(),
+        lambda stream, size: stream.read(size),
+        lambda stream, size: b"".join(iter(lambda: stream.read(7), b"")),
+        lambda stream, size: b"".join(iter(stream.readline, b"")),
+        lambda stream, size: b"".join(stream.readlines()),
+        lambda stream, size: b"".join(stream),
+    ],
+    ids=["read()", "read(n)", "many reads", "readline()", "readlines()", "iteration"],
+)
+@pytest.mark.parametrize("size", [1000, 2_000_000], ids=["in memory", "in a file"])
+def test_the_application_may_read_the_body_in_any_way(read, size):
+    body = (b"x" * 98 + b"\r\n") * (size // 100)
+    read_by = []
+
+    def app(environ, start_response):
+        read_by.append(read(environ["wsgi.input"], int(environ["CONTENT_LENGTH"])))
+        start_response("201 Made It", [("Content-Type", "text/plain")])
+        return []
+
+    _, client = wrap(app, lint=False)
+    assert post(client, body=body).status_code == 201
+    assert read_by == [body]
+
+
+@pytest.mark.parametrize("read", [flask_form, flask_data, flask_stream])
+def test_a_framework_finds_the_body_where_it_looks_for_it(read):
+    import flask
+
+    shop = flask.Flask("shop")
+    shop.add_url_rule("/pay", view_func=lambda: read(flask), methods=["POST"])
+    shop.wsgi_app = IdempotencyMiddleware(shop.wsgi_app, "memory:", scope=everyone)
+    client = shop.test_client()
+    for replayed in (None, "true"):
+        answer = client.post("/pay", data={"a": "1"}, headers={"Idempotency-Key": "k"})
+        assert answer.text == "1"
+        assert answer.headers.get("Idempotency-Replayed") == replayed
+
+
 # ------------------------------------------------------------------ routes and construction
+
+
+@pytest.mark.parametrize(
+    ("path", "protected"),
+    [
+        ("/pay", True),
+        ("/pay/", True),
+        ("//pay", True),
+        ("/pay/1", False),
+        ("/PAY", False),
+        ("/pa", False),
+        ("/caf\u00e9", True),
+        ("", False),
+    ],
+)
+def test_a_route_covers_what_an_application_would_take_for_it(path, protected):
+    """A slash at the end or doubled may be dropped on the way to the handler."""
+    app = App()
+    routes = [Route("/pay", Policy()), Route("/caf\u00e9", Policy())]
+    middleware, _ = wrap(app, lint=False, policy=None, routes=routes)
+    for _ in range(2):
+        environ = environ_of(PATH_INFO=path.encode().decode("latin-1"))
+        middleware(environ, lambda status, headers: None)
+    assert app.executions == (1 if protected else 2)
+
+
+def test_a_route_of_other_methods_is_passed_over_for_the_next():
+    app = App()
+    routes = [Route("/pay", None, methods=["PATCH"]), Route("/pay", Policy())]
+    _, client = wrap(app, policy=None, routes=routes)
+    for _ in range(2):
+        client.patch("/pay", headers={"Idempotency-Key": "k"})
+    assert app.executions == 2
+    for _ in range(2):
+        post(client)
+    assert app.executions == 3
 
 
 def test_the_first_route_that_matches_counts():
