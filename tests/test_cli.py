@@ -351,11 +351,13 @@ def role(server: PostgresServer, url: str, *statements: str) -> Iterator[str]:
     """The URL of a database for a role ``little``, which may only do what it is granted."""
     name = database_of(url)
     server.execute("CREATE ROLE little LOGIN")
-    for statement in statements:
-        server.execute(sql.SQL(statement).format(), name)
-    yield make_url(url).set(username="little").render_as_string(hide_password=False)
-    server.execute("DROP OWNED BY little", name)
-    server.execute("DROP ROLE little")
+    try:
+        for statement in statements:
+            server.execute(sql.SQL(statement).format(), name)
+        yield make_url(url).set(username="little").render_as_string(hide_password=False)
+    finally:
+        server.execute("DROP OWNED BY little", name)
+        server.execute("DROP ROLE little")
 
 
 def test_upgrade_says_which_privilege_it_lacks(

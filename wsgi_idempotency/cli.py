@@ -234,10 +234,12 @@ def purge(database: URL, batch: int, sleep: float, max_batches: int | None) -> N
     from wsgi_idempotency.checkup import sqlite_file_exists
     from wsgi_idempotency.stores.sql import SQLStore
 
-    if database.get_backend_name() == "sqlite" and not sqlite_file_exists(database):
+    sqlite = database.get_backend_name() == "sqlite"
+    if sqlite and not sqlite_file_exists(database):
         raise click.ClickException(f"{database.database} doesn't exist. Is the path right?")
-    # Seconds for one batch, which nobody waits for, unlike a request.
-    store = SQLStore(database, create=False, timeout=60.0)
+    # Seconds. Nobody waits for a batch, unlike for a request; on SQLite it is only the time
+    # to get the lock.
+    store = SQLStore(database, create=False, timeout=5.0 if sqlite else 60.0)
     with contextlib.closing(store), unavailable():
         store.check()
         deleted = 0
