@@ -6,8 +6,10 @@ The linter of PEP 3333 stands on both sides of the middleware.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
+import sqlite3
 import threading
 import time
 from wsgiref.validate import validator
@@ -39,6 +41,7 @@ from wsgi_idempotency.capture import InvalidApplication
 from wsgi_idempotency.errors import AnswerLost, ConfigurationError, NotStorable, StoreUnavailable
 from wsgi_idempotency.operation import ENVIRON_KEY
 from wsgi_idempotency.problems import stripe
+from wsgi_idempotency.records import Completion
 
 
 @pytest.fixture(params=["memory", "SQLite"])
@@ -1277,6 +1280,7 @@ class Gate(App):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.entered, self.go = threading.Event(), threading.Event()
+        self.statuses = []  # of the runs after the first
         self.inside = self.most = 0
 
     def answer(self, environ, start_response):
@@ -1285,7 +1289,16 @@ class Gate(App):
         self.entered.set()
         assert self.go.wait(30)
         self.inside -= 1
+        if self.executions > 1:
+            self.status = self.statuses.pop(0) if self.statuses else self.status
         return super().answer(environ, start_response)
+
+
+def until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
 
 
 def in_threads(count, work):
@@ -1309,6 +1322,57 @@ def test_a_duplicate_in_flight_is_told_to_come_back():
     threads[0].join()
     assert answers[0].status_code == 201
     assert post(client).headers["Idempotency-Replayed"] == "true"
+
+
+def test_a_duplicate_that_need_not_wait_is_refused_at_once(store):
+    app = Gate()
+    _, client = wrap(app, store=store)
+    threads, _ = in_threads(1, lambda: post(client))
+    assert app.entered.wait(30)
+    started = time.monotonic()
+    refused(post(client), 409, "CONFLICT", "true")
+    assert time.monotonic() - started < 1
+    app.go.set()
+    threads[0].join()
+
+
+def test_a_waiting_duplicate_replays_soon_after_the_first_is_done(store):
+    app = Gate()
+    replays = []
+    _, client = wrap(app, store=store, policy=Policy(wait=30))
+    first, _ = in_threads(1, lambda: post(client))
+    assert app.entered.wait(30)
+    other, answers = in_threads(1, lambda: (post(client), replays.append(time.monotonic())))
+    other[0].join(0.2)
+    assert answers == []
+    done = time.monotonic()
+    app.go.set()
+    for thread in [*first, *other]:
+        thread.join()
+    assert answers[0][0].headers["Idempotency-Replayed"] == "true"
+    assert replays[0] - done < 1
+    assert app.executions == 1
+
+
+def test_exactly_one_waiter_runs_what_the_first_has_failed_at(store):
+    """The others get its response."""
+    app = Gate("500 Oh")
+    _, client = wrap(app, store=store, policy=Policy(wait=30))
+    first, failure = in_threads(1, lambda: post(client))
+    assert app.entered.wait(30)
+    others, answers = in_threads(4, lambda: post(client))
+    for thread in others:
+        thread.join(0.1)
+    app.statuses = ["201 Made It"]
+    app.go.set()
+    for thread in [*first, *others]:
+        thread.join()
+    assert [answer.status_code for answer in failure] == [500]
+    assert [answer.status_code for answer in answers] == [201] * 4
+    replayed = [answer.headers.get("Idempotency-Replayed") for answer in answers]
+    assert replayed.count("true") == 3
+    assert app.executions == 2
+    assert app.most == 1
 
 
 def test_waiting_duplicates_replay_and_those_over_the_cap_are_sent_away():
@@ -1590,12 +1654,101 @@ def test_an_interruption_while_it_claims_is_undone():
     assert store.calls == ["claim", "forget"]
 
 
+def away(path):
+    """No directory to keep the file in."""
+    return f"sqlite:///{path}/nowhere/keys.db"
+
+
+def read_only(path):
+    SQLStore(f"sqlite:///{path}/keys.db").check()
+    return f"sqlite:///file:{path}/keys.db?mode=ro&uri=true"
+
+
+def no_database(path):
+    (path / "keys.db").write_bytes(b"something else" * 1000)
+    return f"sqlite:///{path}/keys.db"
+
+
+@pytest.mark.parametrize("broken", [away, read_only, no_database], ids=lambda kind: kind.__name__)
+def test_nothing_runs_while_the_file_can_not_be_used(tmp_path, broken):
+    store, app = SQLStore(broken(tmp_path), timeout=0.2), App()
+    _, client = wrap(app, store=store)
+    answer = post(client)
+    refused(answer, 503, "STORE_UNAVAILABLE", "true")
+    assert str(tmp_path) not in answer.text
+    assert app.executions == 0
+    store.close()
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Somebody else writes to the file, and takes their time."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    yield
+    connection.execute("ROLLBACK")
+    connection.close()
+
+
+def test_nothing_runs_while_the_file_is_locked(tmp_path):
+    store, app = SQLStore(f"sqlite:///{tmp_path}/keys.db", timeout=0.2), App()
+    _, client = wrap(app, store=store)
+    post(client, "done")
+    with locked(tmp_path / "keys.db"):
+        started = time.monotonic()
+        refused(post(client), 503, "STORE_UNAVAILABLE", "true")
+        assert time.monotonic() - started < 5
+        assert post(client, "done").headers["Idempotency-Replayed"] == "true"
+    assert app.executions == 1
+    assert post(client).status_code == 201
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "then"),
+    [("201 Made It", "replayed"), ("400 Bad", "fresh"), ("500 Oh", "attempt 2")],
+)
+def test_an_end_that_a_locked_file_could_not_take_is_recorded_by_the_heartbeat(
+    tmp_path, status, then
+):
+    store, app = SQLStore(f"sqlite:///{tmp_path}/keys.db", timeout=0.2), App(status)
+    middleware, client = wrap(app, store=store)
+    with contextlib.ExitStack() as lock:
+
+        def answer(environ, start_response):
+            lock.enter_context(locked(tmp_path / "keys.db"))
+            return App.answer(app, environ, start_response)
+
+        app.answer = answer
+        assert post(client).status == status
+        refused(post(client), 409, "CONFLICT", "true")
+    del app.answer
+    until(lambda: middleware.heartbeat._kept == {})
+    again = post(client)
+    assert (again.headers.get("Idempotency-Replayed") == "true") is (then == "replayed")
+    assert app.executions == (1 if then == "replayed" else 2)
+    assert app.environ[ENVIRON_KEY].attempt == (2 if then == "attempt 2" else 1)
+    store.close()
+
+
+def test_what_was_made_of_a_stored_head_is_not_sent(caplog):
+    store, app = MemoryStore(), App()
+    _, client = wrap(app, store=store)
+    post(client)
+    claim = app.environ[ENVIRON_KEY]._claim
+    tampered = Completion("201 Made\nSet-Cookie: a=b", (), b"made")
+    assert store.complete(claim.digest, claim.token, tampered)
+    document = refused(post(client), 409, "RESPONSE_NOT_REPLAYABLE", "false")
+    assert document["original_status"] is None
+    assert f"digest {claim.digest.hex()} can't be sent" in caplog.text
+    assert app.executions == 1
+
+
 # ------------------------------------------------------------------ overtaken (P3)
 
 
 def overtaking(store, then):
     """An application during whose run somebody else takes its claim over."""
-    import dataclasses
 
     def answer(environ, start_response):
         operation = environ[ENVIRON_KEY]
@@ -1612,8 +1765,6 @@ def overtaking(store, then):
 
 
 def completes(store):
-    from wsgi_idempotency.records import Completion
-
     return lambda claim: store.complete(
         claim.digest,
         claim.token,
@@ -1622,8 +1773,8 @@ def completes(store):
 
 
 @pytest.mark.parametrize("limit", [10_000, 100], ids=["held back", "passed on"])
-def test_a_handler_that_was_overtaken_answers_with_the_winner_s_response(limit):
-    store, app, told = MemoryStore(), App(), []
+def test_a_handler_that_was_overtaken_answers_with_the_winner_s_response(store, limit):
+    app, told = App(), []
     app.answer = overtaking(store, completes(store))
     policy = Policy(max_response_bytes=limit)
     _, client = wrap(app, store=store, policy=policy, on_event=told.append)
@@ -1671,6 +1822,39 @@ def test_without_a_winner_s_response_an_overtaken_handler_answers_409(then, code
     app.answer = overtaking(store, then(store))
     _, client = wrap(app, store=store)
     refused(post(client), 409, code, retry)
+
+
+@pytest.mark.parametrize("status", ["400 Bad", "500 Oh"], ids=["forgotten", "released"])
+def test_a_late_failure_changes_nothing_of_what_the_winner_has_recorded(store, status):
+    app = App()
+    overtaken = overtaking(store, completes(store))
+
+    def answer(environ, start_response):
+        overtaken(environ, lambda status, headers: None)
+        start_response(status, [("Content-Type", "text/plain")])
+        return [b"late"]
+
+    app.answer = answer
+    _, client = wrap(app, store=store)
+    post(client)
+    assert post(client).get_data() == b"won"
+    assert app.executions == 1
+    assert app.environ[ENVIRON_KEY].lost
+
+
+def test_a_handler_learns_that_it_was_overtaken_while_it_runs(store, caplog):
+    app = App()
+    overtaken = overtaking(store, completes(store))
+
+    def answer(environ, start_response):
+        answered = overtaken(environ, start_response)
+        until(lambda: environ[ENVIRON_KEY].lost)
+        return answered
+
+    app.answer = answer
+    _, client = wrap(app, store=store, policy=Policy(lease=1))
+    assert post(client).get_data() == b"won"
+    assert "has lost its claim to another worker" in caplog.text
 
 
 @pytest.mark.parametrize("fault", [StoreUnavailable("down"), ZeroDivisionError("bug")], ids=repr)
