@@ -31,6 +31,12 @@ def test_the_application_gets_a_stream_of_every_byte(size):
     gc.collect()  # a spool left open would warn, and warnings are errors
 
 
+def test_a_body_is_made_of_bytes_that_are_there():
+    body = Body.of_bytes(b"abc")
+    assert (body.bytes(), list(body.chunks())) == (b"abc", [b"abc"])
+    assert body.bytes() is body.bytes()
+
+
 def test_nothing_is_read_nor_changed_until_somebody_asks():
     stream = io.BytesIO(b"abc")
     environ = {"CONTENT_LENGTH": "3", "wsgi.input": stream}

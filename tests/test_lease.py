@@ -93,6 +93,31 @@ def test_no_thread_is_started_before_the_first_claim(store):
     assert threading.active_count() == before + 1
 
 
+def test_of_two_first_claims_at_once_one_starts_the_thread(store):
+    heartbeat = Heartbeat(store, lambda operation: None)
+    before = threading.active_count()
+    assert heartbeat._begin() is heartbeat._begin()
+    assert threading.active_count() == before + 1
+
+
+def test_a_claim_that_is_done_while_it_is_renewed_is_not_lost(store):
+    lost = []
+    heartbeat = Heartbeat(store, lost.append)
+    claim, other = claim_of(store.memory), claim_of(store.memory)
+
+    def renew(claims):
+        store.memory.forget(claim.digest, claim.token)
+        heartbeat.stop(claim)
+        return Watched.renew(store, claims)
+
+    store.renew = renew
+    for one in (claim, other):
+        heartbeat.start(one, operation_of(one))
+    until(lambda: len(store.renewed) >= 2)
+    assert lost == []
+    heartbeat.stop(other)
+
+
 def test_a_claim_that_somebody_took_over_is_lost_and_no_longer_renewed(store):
     lost = []
     heartbeat = Heartbeat(store, lost.append)

@@ -223,9 +223,9 @@ class Heartbeat:
         return True
 
     def _tell_lost(self, kept: _Kept) -> None:
-        if kept.operation is not None:
-            kept.operation.lost = True
-            self._on_lost(kept.operation)
+        assert kept.operation is not None
+        kept.operation.lost = True
+        self._on_lost(kept.operation)
 
 
 _heartbeats: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
