@@ -372,6 +372,14 @@ def test_what_the_headers_do_not_announce_is_held_back(header):
     assert isinstance(Run()(answering([b"a"], [header])), Whole)
 
 
+@pytest.mark.parametrize(
+    "header", [("X-Three", "1", "2"), ("X-None", None), ["X-List", "1"], "X-Text"], ids=repr
+)
+def test_a_head_that_no_server_could_send_is_held_back_all_the_same(header):
+    """The handler has run: whether that counts is not for its headers to say."""
+    assert Run()(answering([b"a"], [header])) == Whole("200 OK", [header], b"a")
+
+
 def test_a_client_that_goes_away_closes_the_iterable_where_it_stands():
     chunks = Chunks([b"x" * 200] * 10)
     run = Run()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from werkzeug.wsgi import FileWrapper
 
+from wsgi_idempotency.headers import sendable
 from wsgi_idempotency.operation import Operation
 from wsgi_idempotency.records import StoredResponse
 
@@ -222,7 +223,7 @@ class Capture:
             return TOO_LARGE
         if len(self._held) > 1:
             return None  # the headers were looked at with the first chunk
-        for name, value in self._headers:
+        for name, value in filter(sendable, self._headers):
             name = name.lower()
             if name == "content-type" and _media_type(value) == "text/event-stream":
                 return STREAMED
