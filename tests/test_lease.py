@@ -314,7 +314,7 @@ def test_at_the_end_a_store_that_can_not_be_reached_is_tried_once(store, caplog)
 def test_a_thread_that_can_not_be_started_is_started_with_the_next_claim(store):
     heartbeat = Heartbeat(store, lambda operation: None)
     claim = claim_of(store.memory)
-    size = threading.stack_size(1 << 46)  # more than there is
+    size = threading.stack_size(1 << 50)  # more than there is
     try:
         with pytest.raises(RuntimeError):
             heartbeat.start(claim, operation_of(claim))
