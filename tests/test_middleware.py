@@ -760,6 +760,7 @@ def test_keys_in_forms_and_json_leave_the_body_to_the_application():
     assert answer.headers["Idempotency-Replayed"] == "true"
 
 
+@pytest.mark.parametrize("fingerprint", [Policy().fingerprint, None], ids=["exact", "none"])
 @pytest.mark.parametrize(
     ("environ", "status", "code", "retry"),
     [
@@ -768,9 +769,12 @@ def test_keys_in_forms_and_json_leave_the_body_to_the_application():
         ({"CONTENT_LENGTH": "9"}, 400, "INCOMPLETE_BODY", "true"),
     ],
 )
-def test_a_body_that_can_not_be_taken_is_refused_and_nothing_claimed(environ, status, code, retry):
+def test_a_body_that_can_not_be_taken_is_refused_and_nothing_claimed(
+    environ, status, code, retry, fingerprint
+):
     store, app = FaultyStore(), App()
-    middleware, _ = wrap(app, store=store, lint=False, policy=Policy(max_request_bytes=10))
+    policy = Policy(max_request_bytes=10, fingerprint=fingerprint)
+    middleware, _ = wrap(app, store=store, lint=False, policy=policy)
     base = EnvironBuilder(
         method="POST", path="/pay", data=b"12345", headers={"Idempotency-Key": "k"}
     ).get_environ()
@@ -1345,6 +1349,29 @@ def test_a_duplicate_that_need_not_wait_is_refused_at_once(store):
     assert time.monotonic() - started < 1
     app.go.set()
     threads[0].join()
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [(store_success, "FINGERPRINT_MISMATCH"), (hold_unknown, "OUTCOME_UNKNOWN")],
+    ids=["another payload", "held"],
+)
+def test_nobody_waits_for_what_waiting_can_not_change(store, outcomes, code):
+    app = Gate("500 Oh")
+    app.go.set()
+    _, client = wrap(app, store=store, policy=Policy(wait=60, outcomes=outcomes))
+    post(client)
+    started = time.monotonic()
+    if code == "OUTCOME_UNKNOWN":
+        refused(post(client), 409, code, "false")
+    else:
+        app.go.clear()
+        threads, _ = in_threads(1, lambda: post(client))
+        until(lambda: app.executions == 2)
+        refused(post(client, body=b"other"), 422, code, "false")
+        app.go.set()
+        threads[0].join()
+    assert time.monotonic() - started < 30
 
 
 def test_a_waiting_duplicate_replays_soon_after_the_first_is_done(store):
