@@ -806,7 +806,6 @@ class Terminal:
         output = self.process.communicate()[0]
         while self._read():
             pass
-        os.close(self._master)
         return self.process.returncode, output
 
     def _read(self) -> bool:
@@ -817,12 +816,21 @@ class Terminal:
         self.screen += data.decode()
         return bool(data)
 
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self.process:
+            self.process.kill()
+        os.close(self._master)
+
 
 def test_purge_shows_a_bar_on_a_terminal(database: str) -> None:
     add_rows(database, 4)
     add_rows(database, 4, state="held")
-    terminal = Terminal("purge", "--database", database, "--batch", "1", "--sleep", "0")
-    assert terminal.finish() == (0, "4 expired rows deleted\n")
+    limits = ("--batch", "1", "--sleep", "0")
+    with Terminal("purge", "--database", database, *limits) as terminal:
+        assert terminal.finish() == (0, "4 expired rows deleted\n")
     for part in ("Deleting", "25%", "50%", "75%", "100%"):
         assert part in terminal.screen
 
@@ -830,8 +838,8 @@ def test_purge_shows_a_bar_on_a_terminal(database: str) -> None:
 def test_the_bar_is_full_after_the_last_of_so_many_batches(database: str) -> None:
     add_rows(database, 5)
     limits = ("--batch", "2", "--max-batches", "1")
-    terminal = Terminal("purge", "--database", database, *limits)
-    assert terminal.finish() == (0, "2 expired rows deleted\n")
+    with Terminal("purge", "--database", database, *limits) as terminal:
+        assert terminal.finish() == (0, "2 expired rows deleted\n")
     assert "100%" in terminal.screen
 
 
@@ -839,10 +847,11 @@ def test_a_purge_that_is_interrupted_says_how_far_it_came(database: str) -> None
     add_rows(database, 5)
     # Not for ever: a signal that comes between Python's last look for one and the system call
     # is seen when the rest is over.
-    terminal = Terminal("purge", "--database", database, "--batch", "1", "--sleep", "20")
-    terminal.read_until("20%")
-    terminal.process.send_signal(signal.SIGINT)
-    assert terminal.finish() == (130, "1 expired rows deleted\n")
+    limits = ("--batch", "1", "--sleep", "20")
+    with Terminal("purge", "--database", database, *limits) as terminal:
+        terminal.read_until("20%")
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.finish() == (130, "1 expired rows deleted\n")
     assert "Interrupted." in terminal.screen
     assert "Traceback" not in terminal.screen
     assert count_rows(database) == 4
@@ -852,10 +861,11 @@ def test_a_purge_that_loses_its_database_says_so(
     postgres_server: PostgresServer, pg_database: str
 ) -> None:
     add_rows(pg_database, 3)
-    terminal = Terminal("purge", "--database", pg_database, "--batch", "1", "--sleep", "0.2")
-    terminal.read_until("33%")
-    postgres_server.stop("immediate")
-    status, output = terminal.finish()
+    limits = ("--batch", "1", "--sleep", "0.2")
+    with Terminal("purge", "--database", pg_database, *limits) as terminal:
+        terminal.read_until("33%")
+        postgres_server.stop("immediate")
+        status, output = terminal.finish()
     postgres_server.start()
     assert status == 1
     assert output.endswith("expired rows deleted\n")
