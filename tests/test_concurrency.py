@@ -6,6 +6,7 @@ import select
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from apps.shop import (
     open_shop,
     query,
     replayed,
+    until,
 )
 from servers.http import Connection, Response, request_bytes
+from servers.postgres import Postgres, database_of
 
 #: Seconds for an answer that waits for nothing. It is a tenth of that on an idle machine.
 AT_ONCE = 2.0
@@ -97,6 +100,43 @@ def test_100_simultaneous_duplicates_on_sqlite_run_once(
         expect_a_quiet_storm(shop, gate)
 
 
+@pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
+def test_claims_that_meet_in_the_primary_key_are_one_run_or_replays(
+    pg_database: str, tmp_path: Path, postgres: Postgres, end: str
+) -> None:
+    """Four claims find no row and wait for another one to be committed, which their snapshots
+    don't show: they replay it. When it is rolled back, one of the four runs."""
+    with open_shop(pg_database, tmp_path, workers=4) as shop:
+        first = shop.post("k")
+        query(pg_database, "CREATE TABLE kept AS SELECT * FROM idempotency_keys")
+        query(pg_database, "DELETE FROM idempotency_keys")
+        with postgres.connect(database_of(pg_database)) as other, ThreadPoolExecutor(4) as pool:
+            other.execute("BEGIN")
+            other.execute("INSERT INTO idempotency_keys SELECT * FROM kept")
+            claims = [pool.submit(shop.post, "k") for _ in range(4)]
+            until(lambda: waiting_for_a_lock(pg_database) == 4)
+            other.execute(end)
+            responses = [claim.result(30) for claim in claims]
+        if end == "COMMIT":
+            assert {(response.body, replayed(response)) for response in responses} == {
+                (first.body, True)
+            }
+            assert shop.attempts("k") == [1]
+        else:
+            expect_one(responses)
+            assert shop.attempts("k") == [1, 1]
+
+
+def waiting_for_a_lock(url: str) -> int:
+    """How many statements of a database wait for another transaction."""
+    [row] = query(
+        url,
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'",
+    )
+    return int(row["count"])
+
+
 def test_50_keys_sent_twice_at_once_run_50_times(database: str, tmp_path: Path) -> None:
     with open_shop(database, tmp_path, workers=4) as shop:
         responses = at_once(100, lambda number: shop.post(f"key-{number // 2}"))
@@ -145,10 +185,10 @@ def test_another_payload_is_refused_at_once_while_the_first_is_in_flight(
 class Waiters:
     """Duplicates that wait for the one in flight."""
 
-    def __init__(self, shop: Shop, count: int, *headers: tuple[str, str]) -> None:
+    def __init__(self, shop: Shop, count: int, *headers: tuple[str, str], key: str = "k") -> None:
         self._stack = ExitStack()
         self.connections = [self._stack.enter_context(shop.connect()) for _ in range(count)]
-        fields = [("Idempotency-Key", "k"), ("Connection", "close"), *headers]
+        fields = [("Idempotency-Key", key), ("Connection", "close"), *headers]
         for connection in self.connections:
             connection.send(request_bytes("POST", "/pay", fields, b"pay"))
 
@@ -266,9 +306,12 @@ def test_waiters_are_bounded_and_everything_else_stays_fast(
         # Their places are free again.
         with background(shop.post, "k2", at_gate(gate)) as second_original:
             second = gate.arrival()
-            with background(shop.post, "k2") as waiting:
+            with Waiters(shop, 2, key="k2") as waiters:
+                assert waiters.answered(0.3) == []
                 second.let_pass()
-                assert waiting().body == second_original().body
+                assert {response.body for response in waiters.responses()} == {
+                    second_original().body
+                }
         assert shop.attempts("k") == shop.attempts("k2") == [1]
 
 

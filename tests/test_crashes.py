@@ -162,20 +162,23 @@ def test_a_worker_that_stood_still_past_its_lease_changes_nothing(
 
 @pytest.mark.parametrize("status", ["422 No", "500 Out Of Luck"], ids=["forgotten", "released"])
 def test_a_late_failure_of_a_worker_that_stood_still_changes_nothing(
-    pg_database: str, tmp_path: Path, gate: Gate, status: str
+    database: str, tmp_path: Path, gate: Gate, status: str
 ) -> None:
-    """Neither does its failure free the key that its successor has completed."""
-    with open_shop(pg_database, tmp_path, policy=SHORT_LEASE, workers=2) as shop:
+    """Its failure frees the key neither while its successor runs nor after that."""
+    with open_shop(database, tmp_path, policy=SHORT_LEASE, workers=3) as shop:
         with background(shop.post, "k", at_gate(gate)) as zombie:
             first = gate.arrival()
             with stopped(first.pid):
                 until(shop.has_lapsed)
-                winner = shop.post("k")
-                before = shop.rows()
-            first.let_pass(status)
-            zombie()
-        assert shop.rows() == before
-        assert shop.post("k").body == winner.body
+                with background(shop.post, "k", at_gate(gate)) as successor:
+                    second = gate.arrival()
+                    os.kill(first.pid, signal.SIGCONT)
+                    first.let_pass(status)
+                    assert zombie().status == int(status[:3])
+                    assert code(shop.post("k")) == "CONFLICT"
+                    second.let_pass()
+                    assert successor().status == 201
+        assert shop.post("k").body == successor().body
         assert shop.attempts("k") == [1, 2]
 
 
