@@ -193,7 +193,9 @@ def test_a_claim_is_kept_for_its_retention_at_the_longest(store, caplog):
     until(lambda: "gave up keeping" in caplog.text)
 
 
-def test_a_doubtful_claim_is_undone_when_it_shows_up_and_given_up_after_its_lease(store):
+def test_a_doubtful_claim_is_undone_when_it_shows_up_and_given_up_a_lease_after_the_store_answers(
+    store,
+):
     heartbeat = Heartbeat(store, lambda operation: None)
     tries = []
     late = claim_of(store.memory, lease=30.0)

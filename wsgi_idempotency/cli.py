@@ -121,6 +121,7 @@ def upgrade(database: URL, revision: str) -> None:
     from wsgi_idempotency.checkup import reason
     from wsgi_idempotency.schema import newer_than_this_release
     from wsgi_idempotency.schema import upgrade as upgrade_schema
+    from wsgi_idempotency.stores.sql import shown
 
     try:
         done = upgrade_schema(database, revision)
@@ -134,7 +135,7 @@ def upgrade(database: URL, revision: str) -> None:
         change = f"at {done.after}: nothing to do"
     else:
         change = f"upgraded from {done.before or 'nothing'} to {done.after}"
-    click.echo(f"{database.render_as_string(hide_password=True)}: {change}")
+    click.echo(f"{shown(database)}: {change}")
 
 
 def upgrade_advice(exc: SQLAlchemyError, database: URL) -> str:
@@ -160,8 +161,9 @@ def check(database: URL, as_json: bool) -> None:
     rows that nobody purges. Exits with 1 when a promise would be broken; a warning is none.
     """
     from wsgi_idempotency.checkup import Verdict, check_database
+    from wsgi_idempotency.stores.sql import shown
 
-    name = database.render_as_string(hide_password=True)
+    name = shown(database)
     findings = []
     if not as_json:
         click.echo(name)

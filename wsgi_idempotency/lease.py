@@ -92,11 +92,11 @@ class Heartbeat:
         self._add(_Kept(claim, operation, now, now + claim.retention, finish, now + _FIRST_RETRY))
 
     def undo_later(self, claim: Claim, undo: Finish) -> None:
-        """Call ``undo`` until it has undone something or the lease is over: whether the claim
-        was made can't be told now (a statement that timed out may still be on its way), and
-        nobody runs the operation it would stand for."""
+        """Call ``undo`` until it has undone something: whether the claim was made can't be told
+        now, and nobody runs the operation it would stand for. A statement that timed out may
+        still be on its way, so it is asked for a lease after the store first answers again."""
         now = time.monotonic()
-        give_up_at = now + claim.lease  # it has lapsed by then
+        give_up_at = now + claim.retention
         self._add(_Kept(claim, None, float("inf"), give_up_at, undo, now + _FIRST_RETRY))
 
     def flush(self) -> None:
@@ -213,6 +213,7 @@ class Heartbeat:
             logger.warning("the end of %s can't be recorded yet: %s", kept.claim.digest.hex(), exc)
             return not isinstance(exc, StoreUnavailable)
         if kept.operation is None and not done:
+            kept.give_up_at = min(kept.give_up_at, time.monotonic() + kept.claim.lease)
             return True
         with changed:
             self._kept.pop(kept.claim.token, None)

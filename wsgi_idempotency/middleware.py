@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
@@ -188,7 +189,7 @@ class _Request:
                 whose = self._find_scope()
                 self._extract("body", self.body.read)
                 claim = self._make_claim(found, whose)
-                standing = self._obtain(claim)
+                claim, standing = self._obtain(claim)
         except _Refused as refused:
             return self._refuse(refused)
         except Exception as exc:
@@ -281,7 +282,7 @@ class _Request:
 
     # ------------------------------------------------------------ the claim
 
-    def _obtain(self, claim: Claim) -> Claimed | protocol.Replay:
+    def _obtain(self, claim: Claim) -> tuple[Claim, Claimed | protocol.Replay]:
         """The claim, or the response of the operation that is done.
 
         Looks again until it has one of them, for as long as the policy lets it wait.
@@ -296,16 +297,24 @@ class _Request:
                 with self._undoing(claim, store.forget):
                     answer = store.claim(claim)
                 if isinstance(answer, Claimed):
-                    return answer
+                    return claim, answer
                 decision = protocol.decide(answer, self._fingerprint_like(answer, claim))
                 if isinstance(decision, protocol.Replay):
-                    return decision
+                    return claim, decision
                 if isinstance(decision, protocol.TakeOver):
+                    if not answer.expired:
+                        # One operation keeps one fingerprint, and with it the keys it derives,
+                        # also when the policy's algorithm has changed since.
+                        claim = replace(
+                            claim,
+                            fingerprint=answer.fingerprint,
+                            fingerprint_version=answer.fingerprint_version,
+                        )
                     with self._undoing(claim, store.release):
                         taken = store.take_over(claim, decision.seen)
                     if taken is not None:
                         self.tell("taken_over", attempt=taken.attempt)
-                        return taken
+                        return claim, taken
                 elif not (isinstance(decision, protocol.InFlight) and wait.a_little()):
                     raise self._refusal(decision)
         finally:
@@ -453,6 +462,7 @@ class _Execution:
         self._store = request.middleware.store
         self._heartbeat = request.middleware.heartbeat
         self._started = time.monotonic()
+        self._pid = os.getpid()
         self._at_the_end: Action | None = None
 
     def run(self) -> Iterable[bytes]:
@@ -563,6 +573,8 @@ class _Execution:
         The handler has run: a store that can't be reached must not turn its answer into
         an error, nor lose the claim. The heartbeat keeps it and tries again.
         """
+        if os.getpid() != self._pid:
+            return True  # the handler has forked, and the claim is the parent's to settle
         seconds = time.monotonic() - self._started
         self._operation.ended = True
         self._heartbeat.finishing(self._claim)

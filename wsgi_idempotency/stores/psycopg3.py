@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import psycopg
@@ -33,7 +34,13 @@ class BoundedConnection(psycopg.Connection[Any]):
         try:
             return super().wait(_bounded(gen, self.seconds), *args, **kwargs)
         except TimedOut:
-            # What the server may still answer belongs to nobody.
+            # Closing alone leaves a backend that waits for a lock where it is, with the
+            # statement still to run, and one more of the server's connections in use.
+            # PostgreSQL looks for a client that is gone only between statements, unless
+            # client_connection_check_interval is set. Before libpq 17 to cancel is to block.
+            if psycopg.capabilities.has_cancel_safe():
+                with suppress(psycopg.Error):
+                    self.cancel_safe(timeout=min(1.0, self.seconds))
             self.close()
             raise
 

@@ -25,6 +25,7 @@ import sqlalchemy
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.pool import StaticPool
 
 from wsgi_idempotency.errors import (
     AnswerLost,
@@ -344,7 +345,8 @@ class SQLStore:
         so on SQLite, and leaves PostgreSQL to ``wsgi-idempotency upgrade``.
     :param timeout: seconds a call waits at most for a connection to open, for one to
         come free from the pool, for the answer to a statement, and on SQLite for a lock
-        (``busy_timeout``). An Engine keeps its own settings: give its pool a
+        (``busy_timeout``). With an Engine the store has a pool of its own, with the
+        settings of the Engine's: give it a
         ``pool_timeout`` and its connections a ``connect_timeout``, ``statement_timeout``
         and ``tcp_user_timeout``.
     :param pool_size: connections a process keeps at most. A connection is held for one
@@ -368,7 +370,7 @@ class SQLStore:
         prepare: bool = True,
     ) -> None:
         if isinstance(database, Engine):
-            self.url = database_url(database.url)
+            self.url = _usable(database)
             self._given: Engine | None = database
         else:
             self.url = database_url(database)
@@ -389,7 +391,7 @@ class SQLStore:
         _stores.add(self)
 
     def __repr__(self) -> str:
-        return f"SQLStore({self.url.render_as_string(hide_password=True)!r})"
+        return f"SQLStore({shown(self.url)!r})"
 
     @property
     def engine(self) -> Engine:
@@ -399,7 +401,7 @@ class SQLStore:
                 if self._given is None:
                     self._engine = self._make_engine()
                 else:
-                    self._engine = self._given.execution_options(isolation_level="AUTOCOMMIT")
+                    self._engine = _with_own_pool(self._given)
             return self._engine
 
     # ------------------------------------------------------------------ the contract
@@ -453,7 +455,7 @@ class SQLStore:
     def close(self) -> None:
         with self._lock:
             engine, self._engine = self._engine, None
-        if engine is not None and self._given is None:
+        if engine is not None:
             engine.dispose()
 
     # ------------------------------------------------------------------ connections
@@ -514,8 +516,8 @@ class SQLStore:
             if self._given is None:
                 pooled = engine.raw_connection()
                 return pooled, pooled.driver_connection
-            # SQLAlchemy switches the application's connection to autocommit, and back
-            # again when it is returned: attributes of the drivers, not round trips.
+            # SQLAlchemy switches the connection to autocommit, and back again when it is
+            # returned: attributes of the drivers, not round trips.
             connection = engine.connect()
             return connection, connection.connection.driver_connection
         except (SQLAlchemyError, self._driver_error) as exc:
@@ -601,7 +603,7 @@ class SQLStore:
         cursor.close()
 
     def _after_fork(self) -> None:
-        engine = self._engine or self._given
+        engine = self._engine
         if engine is not None:
             # Closing them would say goodbye on the parent's connection (PostgreSQL) or
             # run a checkpoint (SQLite, "How To Corrupt An SQLite Database File", 2.6).
@@ -658,8 +660,42 @@ class SQLStore:
             raise StoreUnavailable(problem) from exc
 
     def _upgrade_hint(self, problem: str) -> str:
-        url = self.url.render_as_string(hide_password=True)
+        url = shown(self.url)
         return f"{problem} in {url}. Run: wsgi-idempotency upgrade --database {url}"
+
+
+def _with_own_pool(engine: Engine) -> Engine:
+    """An engine as the application's, with connections of its own.
+
+    With the application's, handlers that hold them all would keep the heartbeat from
+    renewing their own claims, and a broken one of ours would cost it its whole pool.
+    """
+    own = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+    return own.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _usable(engine: Engine) -> URL:
+    """:raises ConfigurationError: the engine's driver or pool is not one that can serve."""
+    if (engine.dialect.name, engine.driver) not in (
+        ("postgresql", "psycopg"),
+        ("sqlite", "pysqlite"),
+    ):
+        raise ConfigurationError(
+            f"the engine is for {engine.dialect.name} with {engine.driver}; use one for"
+            " postgresql+psycopg:// (psycopg 3) or sqlite:///"
+        )
+    if isinstance(engine.pool, StaticPool):
+        raise ConfigurationError(
+            "the engine has one connection for all, whose transactions would be the"
+            " application's and ours at once; use another pool"
+        )
+    return database_url(engine.url.set(drivername=f"{engine.dialect.name}+{engine.driver}"))
+
+
+def shown(url: URL) -> str:
+    """A URL as it may stand in a log: without a password, wherever it has one."""
+    secrets = {name: "***" for name in url.query if "pass" in name.lower()}
+    return url.update_query_dict(secrets).render_as_string(hide_password=True)
 
 
 class _Disconnected(Exception):
@@ -689,7 +725,9 @@ def database_url(database: str | URL) -> URL:
             )
         return url
     if url.drivername in ("sqlite", "sqlite+pysqlite"):
-        if url.database in (None, "", ":memory:") or "mode=memory" in str(url.database):
+        name = url.database or ":memory:"
+        in_memory = ":memory:" in name or "mode=memory" in name
+        if in_memory or url.query.get("mode") == "memory":
             raise ConfigurationError(
                 "an in-memory SQLite database is another one for each connection;"
                 ' use "memory:" for one process, or sqlite:///file.db'
