@@ -82,8 +82,8 @@ def test_a_given_engine_s_connections_stay_the_application_s(pg_database: str) -
 
 
 def test_an_engine_of_another_driver_is_refused() -> None:
-    engine = sqlalchemy.create_engine("postgresql+psycopg2://host/name", module=psycopg)
-    with pytest.raises(ConfigurationError, match="for postgresql with psycopg2; use one for"):
+    engine = sqlalchemy.create_engine("postgresql+psycopg_async://host/name")
+    with pytest.raises(ConfigurationError, match="psycopg_async; use one for"):
         SQLStore(engine)
 
 

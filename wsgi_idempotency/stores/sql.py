@@ -676,13 +676,12 @@ def _with_own_pool(engine: Engine) -> Engine:
 
 def _usable(engine: Engine) -> URL:
     """:raises ConfigurationError: the engine's driver or pool is not one that can serve."""
-    if (engine.dialect.name, engine.driver) not in (
-        ("postgresql", "psycopg"),
-        ("sqlite", "pysqlite"),
-    ):
+    driver = (engine.dialect.name, engine.driver)
+    # The asynchronous dialect of psycopg 3 goes by the same name.
+    if engine.dialect.is_async or driver not in (("postgresql", "psycopg"), ("sqlite", "pysqlite")):
         raise ConfigurationError(
-            f"the engine is for {engine.dialect.name} with {engine.driver}; use one for"
-            " postgresql+psycopg:// (psycopg 3) or sqlite:///"
+            f"the engine is for {engine.url.drivername}; use one for postgresql+psycopg://"
+            " (psycopg 3) or sqlite:///"
         )
     if isinstance(engine.pool, StaticPool):
         raise ConfigurationError(
