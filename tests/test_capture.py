@@ -186,6 +186,15 @@ def test_a_restart_replaces_what_was_begun_and_keeps_nothing_of_the_exception():
         gc.enable()
 
 
+def test_a_restart_begins_again_at_nothing():
+    def app(environ, start_response):
+        start_response("200 OK", TEXT)(b"x" * 100)
+        start_response("500 Oh", TEXT, (None, None, None))
+        return [b"y" * 100]
+
+    assert Run(limit=100)(app).body == b"y" * 100
+
+
 def test_the_headers_are_those_of_the_moment():
     """An application may reuse its list, and the server may change the one it is given."""
     headers = list(TEXT)

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from wsgiref.validate import validator
@@ -309,6 +313,16 @@ def test_scopes_endpoints_and_methods_have_key_spaces_of_their_own():
     assert app.executions == 4
 
 
+def test_another_secret_makes_another_key_space():
+    """Who reads the table can't tell by trying which keys it has."""
+    store, app = MemoryStore(), App()
+    digests = set()
+    for secret in (None, "0123456789abcdef", b"fedcba9876543210"):
+        post(wrap(app, store=store, secret=secret)[1])
+        digests.add(app.environ[ENVIRON_KEY]._claim.digest)
+    assert len(digests) == app.executions == 3
+
+
 def test_in_the_scope_s_namespace_another_endpoint_is_a_mismatch():
     app = App()
     _, client = wrap(app, policy=Policy(namespace="scope"))
@@ -339,6 +353,55 @@ def test_ten_megabytes_of_any_bytes_are_replayed_on_every_store(store):
     assert second.headers["Location"] == "https://shop.example/charges/1"
     assert second.headers.getlist("Content-Length") == [str(len(body))]
     assert app.executions == 1
+
+
+@pytest.mark.parametrize("status", ["201 Made It", "500 Oh"], ids=["completed", "released"])
+@pytest.mark.parametrize("body", [b"body", b"another"], ids=["the same", "another payload"])
+def test_after_its_retention_a_key_is_fresh(status, body):
+    now = 1000.0
+    app = App(status)
+    _, client = wrap(app, store=MemoryStore(clock=lambda: now), policy=Policy(retention=3600))
+    post(client)
+    now += 3599
+    if status == "201 Made It":
+        assert post(client).headers["Idempotency-Replayed"] == "true"
+    else:
+        refused(post(client, body=b"a third"), 422, "FINGERPRINT_MISMATCH", "false")
+    now += 1
+    app.status = "201 Made It"
+    assert post(client, body=body).status_code == 201
+    assert app.environ[ENVIRON_KEY].attempt == 1
+    assert post(client, body=body).headers["Idempotency-Replayed"] == "true"
+    assert app.executions == 2
+
+
+def test_an_attempt_under_another_policy_goes_by_the_fingerprint_of_the_first():
+    """So do the keys it derives for its own calls."""
+    store, app = MemoryStore(), App("500 Oh")
+    derived = []
+
+    def answer(environ, start_response):
+        derived.append(environ[ENVIRON_KEY].derive_key("charge"))
+        return App.answer(app, environ, start_response)
+
+    app.answer = answer
+    for fingerprint in (Policy().fingerprint, canonical, None):
+        _, client = wrap(app, store=store, policy=Policy(fingerprint=fingerprint))
+        assert post(client).status_code == 500
+    assert len(derived) == 3
+    assert len(set(derived)) == 1
+
+
+@pytest.mark.parametrize("status", ["201 Made It", "400 Bad", "500 Oh", "raise"])
+def test_an_operation_that_is_over_is_kept_no_longer(store, status):
+    app = App(status)
+    if status == "raise":
+        app.answer = failing
+    middleware, client = wrap(app, store=store, lint=False)
+    with contextlib.suppress(LookupError):
+        post(client)
+    assert app.executions == 1
+    assert middleware.heartbeat._kept == {}
 
 
 @pytest.mark.parametrize(
@@ -983,8 +1046,6 @@ def restarted(app, environ, start_response):
     try:
         raise ValueError("changed my mind")
     except ValueError:
-        import sys
-
         start_response("201 Made It", [("Content-Type", "text/plain")], sys.exc_info())
     return [b"made"]
 
@@ -1174,8 +1235,6 @@ def test_writes_over_the_limit_go_straight_to_the_server():
         try:
             raise ValueError("too late")
         except ValueError:
-            import sys
-
             with pytest.raises(ValueError, match="too late"):
                 start_response("500 Oh", [], sys.exc_info())
         return Closing(app, [b"end"])
@@ -1277,6 +1336,19 @@ def test_a_client_that_goes_away_in_the_middle_of_a_stream_has_its_operation_don
     assert app.closed == 1
     refused(post(client), 409, "RESPONSE_NOT_REPLAYABLE", "false")
     assert app.executions == 1
+
+
+@pytest.mark.parametrize("location", ["/a\nSet-Cookie: a=b", "http://[", "\u20ac", ""])
+def test_a_location_that_somebody_else_has_stored_is_sent_if_it_can_be(location):
+    store, app = MemoryStore(), App()
+    _, client = wrap(app, store=store)
+    post(client)
+    claim = app.environ[ENVIRON_KEY]._claim
+    headers = (("Location", location),)
+    store.complete(claim.digest, claim.token, Completion("201 Made It", headers, None, "why"))
+    retry = post(client)
+    refused(retry, 409, "RESPONSE_NOT_REPLAYABLE", "false")
+    assert "Location" not in retry.headers
 
 
 def test_the_answer_to_one_range_counts_as_done():
@@ -1519,8 +1591,6 @@ def test_an_error_page_of_an_unprotected_application_is_marked_too():
         try:
             raise ValueError
         except ValueError:
-            import sys
-
             start_response("500 Oh", [], sys.exc_info())
         return [b"oh"]
 
@@ -2017,11 +2087,41 @@ def test_a_handler_sees_its_operation_and_may_overrule_the_policy():
     refused(post(client, "k2"), 409, "OUTCOME_UNKNOWN", "false")
 
 
+FORKING = """
+import os, sys
+sys.path[:0] = {path!r}
+import test_middleware as t
+
+def answer(environ, start_response):
+    child = os.fork()
+    if not child:
+        sys.exit()
+    assert os.waitpid(child, 0)[1] == 0
+    return t.App.answer(app, environ, start_response)
+
+app = t.App()
+app.answer = answer
+_, client = t.wrap(app, store=t.SQLStore({url!r}), lint=False)
+assert t.post(client).status_code == 201
+assert t.post(client).headers["Idempotency-Replayed"] == "true"
+assert app.executions == 1
+"""
+
+
+def test_a_child_that_a_handler_forks_leaves_the_claim_to_its_parent(sqlite_url):
+    """Its exit passes through the middleware as an exception of the handler's would."""
+    code = FORKING.format(path=[os.path.dirname(__file__)], url=sqlite_url)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore:.*fork:DeprecationWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.timeout(900)  # seconds; branch coverage slows each of the many requests
 def test_ten_thousand_errors_leak_nothing():
-    import gc
-    import os
-
     def app(environ, start_response):
         raise RuntimeError("handler")
 
