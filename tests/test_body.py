@@ -25,6 +25,8 @@ def test_the_application_gets_a_stream_of_every_byte(size):
     body.hand_on()
     assert environ["wsgi.input"].read() == data
     assert environ["CONTENT_LENGTH"] == str(len(data))
+    assert environ["wsgi.input_terminated"] is True
+    assert isinstance(environ["wsgi.input"], io.BytesIO) is (size <= 1024 * 1024)
     body.hand_on()
     assert b"".join(iter(environ["wsgi.input"])) == data
     del environ, body

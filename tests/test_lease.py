@@ -186,6 +186,25 @@ def test_renewals_go_on_while_nothing_can_be_finished(store):
     until(lambda: heartbeat._kept == {})
 
 
+def test_a_store_that_answers_nobody_is_asked_by_one_end_at_a_time(store):
+    """Each try costs its time-out, and the leases of all the others run meanwhile."""
+    heartbeat = Heartbeat(store, lambda operation: None)
+    pending = [claim_of(store.memory, lease=1.5) for _ in range(6)]
+    lapsed = []
+
+    def finish():
+        if len(lapsed) > 6:
+            return True
+        time.sleep(0.5)  # the time-out
+        lapsed.append(any(store.memory.lookup(claim.digest).lapsed for claim in pending))
+        raise StoreUnavailable("no answer")
+
+    for claim in pending:
+        heartbeat.finish_later(claim, operation_of(claim), finish)
+    until(lambda: heartbeat._kept == {})
+    assert not any(lapsed)
+
+
 def test_a_claim_is_kept_for_its_retention_at_the_longest(store, caplog):
     heartbeat = Heartbeat(store, lambda operation: None)
     claim = claim_of(store.memory, lease=0.2, retention=0.5)
@@ -339,12 +358,12 @@ if {fork}:
     heartbeat.start(claim, t.operation_of(claim))
     pid = os.fork()
     if pid:
-        sys.exit(os.waitpid(pid, 0)[1])
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     assert heartbeat._kept == {{}} and heartbeat._changed is None
     claim = t.claim_of(store.memory, lease=0.2)
     heartbeat.start(claim, t.operation_of(claim))
     t.until(lambda: len(store.renewed) >= 3)
-    os._exit(0)
+    sys.exit()
 def finish():
     raise t.StoreUnavailable("down")
 heartbeat.finish_later(claim, t.operation_of(claim), finish)
