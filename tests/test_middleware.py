@@ -2139,3 +2139,47 @@ def test_ten_thousand_errors_leak_nothing():
     later, files_later = burst(8500)
     assert later - objects < 500
     assert files_later == files
+
+
+def test_an_observer_that_is_interrupted_at_a_take_over_leaves_no_claim_behind():
+    def interrupted(event):
+        if event.name == "taken_over" and not told:
+            told.append(event)
+            raise KeyboardInterrupt
+
+    told = []
+    app = App("500 Oh")
+    middleware, client = wrap(app, lint=False, on_event=interrupted)
+    post(client)
+    with pytest.raises(KeyboardInterrupt):
+        post(client)
+    middleware.heartbeat.flush()
+    assert post(client).status_code == 500
+    assert app.executions == 2
+
+
+def test_keys_derived_for_other_systems_outlive_a_change_of_the_fingerprint_policy():
+    from wsgi_idempotency import canonical
+
+    store, app, derived = MemoryStore(), App("500 Oh"), []
+
+    def answer(environ, start_response):
+        derived.append(environ[ENVIRON_KEY].derive_key("charge"))
+        return App.answer(app, environ, start_response)
+
+    app.answer = answer
+    post(wrap(app, store=store)[1])
+    post(wrap(app, store=store, policy=Policy(fingerprint=canonical))[1])
+    assert app.environ[ENVIRON_KEY].attempt == 2
+    assert derived[0] == derived[1]
+
+
+def test_a_path_that_no_server_should_give_is_still_matched_against_the_routes():
+    app = App()
+    middleware, _ = wrap(app, lint=False, policy=None, routes=[Route("/<rest>", Policy())])
+    environ = EnvironBuilder(
+        method="POST", data=b"", headers={"Idempotency-Key": "k"}
+    ).get_environ()
+    environ["PATH_INFO"] = "/\u20ac"
+    body = middleware(environ, lambda status, headers, exc_info=None: None)
+    assert b"".join(body) == b"made"

@@ -312,9 +312,9 @@ class _Request:
                         )
                     with self._undoing(claim, store.release):
                         taken = store.take_over(claim, decision.seen)
-                    if taken is not None:
-                        self.tell("taken_over", attempt=taken.attempt)
-                        return claim, taken
+                        if taken is not None:
+                            self.tell("taken_over", attempt=taken.attempt)
+                            return claim, taken
                 elif not (isinstance(decision, protocol.InFlight) and wait.a_little()):
                     raise self._refusal(decision)
         finally:
@@ -674,7 +674,7 @@ def _matcher(route: Route) -> Callable[[WSGIEnvironment], bool]:
     def matches(environ: WSGIEnvironment) -> bool:
         if route.methods is not None and environ["REQUEST_METHOD"].upper() not in route.methods:
             return False
-        path = environ.get("PATH_INFO", "").encode("latin-1").decode(errors="replace")
+        path = environ.get("PATH_INFO", "").encode("latin-1", "replace").decode(errors="replace")
         try:
             adapter.match(path or "/")
         except RequestRedirect:
