@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import signal
+import sqlite3
 import threading
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -11,8 +15,14 @@ import sqlalchemy
 from sqlalchemy.pool import StaticPool
 
 from wsgi_idempotency import SQLStore
-from wsgi_idempotency.errors import AnswerLost, ConfigurationError
-from wsgi_idempotency.records import Claim, Claimed, Lapse
+from wsgi_idempotency.errors import (
+    AnswerLost,
+    ConfigurationError,
+    NotStorable,
+    SchemaError,
+    StoreUnavailable,
+)
+from wsgi_idempotency.records import Claim, Claimed, Lapse, Record
 from wsgi_idempotency.stores.sql import database_url, shown
 
 
@@ -112,3 +122,161 @@ def test_no_password_is_shown_wherever_the_url_has_it() -> None:
     store = SQLStore(url)
     assert "s3cret" not in repr(store)
     assert "application_name=x" in shown(store.url)
+
+
+def raise_on(url: str, event: str, sqlstate: str | None) -> None:
+    """Let the database refuse an event with a SQLSTATE, or ignore it silently."""
+    what = "RETURN NULL" if sqlstate is None else f"RAISE 'refused' USING ERRCODE = '{sqlstate}'"
+    with psycopg.connect(libpq(url), autocommit=True) as connection:
+        connection.execute(
+            "CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN {what}; END $$"
+        )
+        connection.execute(
+            f"CREATE OR REPLACE TRIGGER refuse BEFORE {event} ON idempotency_keys"
+            " FOR EACH ROW EXECUTE FUNCTION refuse()"
+        )
+
+
+def execute(path: Path, statement: str) -> None:
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute(statement)
+    connection.close()
+
+
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01", None])
+def test_a_claim_that_never_gets_a_stable_answer_is_not_granted(pg_database, sqlstate):
+    store = SQLStore(pg_database)
+    raise_on(pg_database, "INSERT", sqlstate)
+    with pytest.raises(StoreUnavailable, match="no stable answer"):
+        store.claim(new_claim())
+    store.close()
+
+
+def test_a_claim_that_sqlite_ignores_is_not_granted(tmp_path):
+    store = SQLStore(f"sqlite:///{tmp_path}/keys.db")
+    store.check()
+    execute(
+        tmp_path / "keys.db",
+        "CREATE TRIGGER refuse BEFORE INSERT ON idempotency_keys BEGIN SELECT RAISE(IGNORE); END",
+    )
+    with pytest.raises(StoreUnavailable, match="no stable answer"):
+        store.claim(new_claim())
+    store.close()
+
+
+def released(store: SQLStore) -> tuple[Claim, Record]:
+    claim = new_claim()
+    store.claim(claim)
+    store.release(claim.digest, claim.token)
+    seen = store.lookup(claim.digest)
+    assert seen is not None
+    return dataclasses.replace(claim, token=os.urandom(16)), seen
+
+
+def test_a_take_over_that_can_not_be_serialized_is_somebody_else_s(pg_database):
+    store = SQLStore(pg_database)
+    claim, seen = released(store)
+    raise_on(pg_database, "UPDATE", "40001")
+    assert store.take_over(claim, seen) is None
+    raise_on(pg_database, "UPDATE", "P0001")
+    with pytest.raises(StoreUnavailable, match="refused"):
+        store.take_over(claim, seen)
+    store.close()
+
+
+def test_a_renewal_that_sqlite_refuses_changes_nothing_and_locks_nobody_out(tmp_path):
+    store = SQLStore(f"sqlite:///{tmp_path}/keys.db", timeout=0.5, pool_size=1)
+    claim = new_claim()
+    store.claim(claim)
+    execute(
+        tmp_path / "keys.db",
+        "CREATE TRIGGER refuse BEFORE UPDATE ON idempotency_keys"
+        " BEGIN SELECT RAISE(ABORT, 'refused'); END",
+    )
+    with pytest.raises(StoreUnavailable, match="refused"):
+        store.renew([(claim.digest, claim.token, 60.0)])
+    execute(tmp_path / "keys.db", "DROP TRIGGER refuse")
+    assert store.renew([(claim.digest, claim.token, 60.0)]) == {claim.token}
+    store.close()
+
+
+@pytest.mark.parametrize("options", [{"timeout": 0}, {"timeout": float("nan")}, {"pool_size": 0}])
+def test_a_timeout_or_pool_of_nothing_is_refused(options):
+    with pytest.raises(ConfigurationError, match=r"use (seconds|at least)"):
+        SQLStore("sqlite:///keys.db", **options)
+
+
+def test_a_number_that_the_database_can_not_hold_is_not_storable(tmp_path):
+    store = SQLStore(f"sqlite:///{tmp_path}/keys.db")
+    with pytest.raises(NotStorable):
+        store.purge(2**70)
+    store.close()
+
+
+def test_a_connection_interrupted_in_a_statement_is_not_used_again(pg_database):
+    """What it would answer next is not known."""
+    store = SQLStore(pg_database, pool_size=1)
+    claim = new_claim()
+    store.check()
+
+    def interrupt(number, frame):
+        raise InterruptedError("as a greenlet's kill would")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with psycopg.connect(libpq(pg_database)) as lock, lock.transaction():
+            lock.execute("LOCK TABLE idempotency_keys IN ACCESS EXCLUSIVE MODE")
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(InterruptedError):
+                store.claim(claim)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert isinstance(store.claim(claim), Claimed)
+    store.close()
+
+
+def test_without_prepared_statements_everything_works_and_none_is_left(pg_database):
+    store = SQLStore(pg_database, prepare=False, pool_size=1)
+    for _ in range(7):
+        assert store.claim(new_claim()) == Claimed(attempt=1)
+    with store.engine.connect() as connection:
+        prepared = connection.exec_driver_sql("SELECT count(*) FROM pg_prepared_statements")
+        assert prepared.scalar() == 0
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("'0000'", "at 0000, this release needs"), ("'abc'", "not a revision of ours")],
+)
+def test_a_schema_that_is_old_or_not_ours_is_refused(pg_database, version, message):
+    with psycopg.connect(libpq(pg_database), autocommit=True) as connection:
+        connection.execute(f"UPDATE wsgi_idempotency_version SET version_num = {version}")
+    store = SQLStore(pg_database)
+    with pytest.raises(SchemaError, match=message):
+        store.check()
+    store.close()
+
+
+def test_a_newer_schema_serves_while_hosts_are_upgraded_one_by_one(pg_database):
+    with psycopg.connect(libpq(pg_database), autocommit=True) as connection:
+        connection.execute("UPDATE wsgi_idempotency_version SET version_num = '9999'")
+    store = SQLStore(pg_database)
+    assert store.claim(new_claim()) == Claimed(attempt=1)
+    store.close()
+
+
+def test_tables_are_made_on_postgresql_too_where_that_is_asked_for(pg_url):
+    store = SQLStore(pg_url, create=True)
+    assert store.claim(new_claim()) == Claimed(attempt=1)
+    store.close()
+
+
+def test_what_is_not_a_database_is_said_at_once(tmp_path):
+    (tmp_path / "keys.db").write_bytes(b"this is a text" * 100)
+    store = SQLStore(f"sqlite:///{tmp_path}/keys.db")
+    with pytest.raises(StoreUnavailable, match="not a database"):
+        store.check()
+    store.close()

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import threading
 import time
 import weakref
@@ -316,9 +317,7 @@ class _SQLite:
         if run(_LITE_TAKE_OVER, params).rowcount != 1:
             return None
         row = run(_LITE_LOOKUP, {"digest": claim.digest}).fetchone()
-        if row is None:
-            return None
-        mine = _own_or_record(_record(tuple(row)), claim)
+        mine = None if row is None else _own_or_record(_record(tuple(row)), claim)
         return mine if isinstance(mine, Claimed) else None
 
     def renew(self, run: _Run, claims: list[tuple[bytes, bytes, float]]) -> set[bytes]:
@@ -593,10 +592,10 @@ class SQLStore:
             try:
                 cursor.execute("PRAGMA journal_mode = WAL")
                 break
-            except Exception:
+            except sqlite3.OperationalError as exc:
                 # Several processes that switch a new file to WAL at once are told
                 # "database is locked" without the busy timeout being honoured.
-                if time.monotonic() > deadline:
+                if "locked" not in str(exc) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
         cursor.execute("PRAGMA synchronous = FULL")
