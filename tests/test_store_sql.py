@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import sqlite3
+import sys
 import threading
 from pathlib import Path
 
@@ -279,4 +280,41 @@ def test_what_is_not_a_database_is_said_at_once(tmp_path):
     store = SQLStore(f"sqlite:///{tmp_path}/keys.db")
     with pytest.raises(StoreUnavailable, match="not a database"):
         store.check()
+    store.close()
+
+
+def test_tables_that_can_not_be_made_are_said_and_nothing_is_left(pg_url):
+    with psycopg.connect(libpq(pg_url), autocommit=True) as connection:
+        name = connection.info.dbname
+        connection.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    store = SQLStore(pg_url, create=True)
+    with pytest.raises(StoreUnavailable, match="the tables can't be created"):
+        store.check()
+    store.close()
+
+
+def test_a_number_out_of_postgresql_s_range_is_not_storable(pg_database):
+    store = SQLStore(pg_database)
+    with pytest.raises(NotStorable):
+        store.purge(2**70)
+    store.close()
+
+
+def test_postgresql_without_its_driver_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigurationError, match="pip install"):
+        database_url("postgresql://host/name")
+
+
+def test_with_an_old_libpq_a_statement_that_times_out_is_bounded_all_the_same(
+    pg_database, monkeypatch
+):
+    """Its way to cancel blocks, so there is none."""
+    monkeypatch.setattr(psycopg.capabilities, "has_cancel_safe", lambda: False)
+    store = SQLStore(pg_database, timeout=0.5, pool_size=1)
+    store.check()
+    with psycopg.connect(libpq(pg_database)) as lock, lock.transaction():
+        lock.execute("LOCK TABLE idempotency_keys IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(AnswerLost):
+            store.lookup(b"d" * 32)
     store.close()
