@@ -318,3 +318,19 @@ def test_with_an_old_libpq_a_statement_that_times_out_is_bounded_all_the_same(
         with pytest.raises(AnswerLost):
             store.lookup(b"d" * 32)
     store.close()
+
+
+def test_a_file_that_somebody_reads_is_switched_to_wal_when_they_have_finished(tmp_path):
+    reader = sqlite3.connect(tmp_path / "keys.db", isolation_level=None, check_same_thread=False)
+    reader.execute("CREATE TABLE application (x)")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM application").fetchall()
+    store = SQLStore(f"sqlite:///{tmp_path}/keys.db", timeout=30.0)
+    finished = threading.Timer(0.3, reader.execute, ["COMMIT"])
+    finished.start()
+    store.check()
+    finished.join()
+    with store.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+    reader.close()
+    store.close()
