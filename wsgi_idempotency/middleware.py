@@ -179,7 +179,6 @@ class _Request:
         self.body = Body(environ, policy.max_request_bytes)
         self._method = environ["REQUEST_METHOD"].upper()
         self._path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-        self._shown = scope.printable(f"{self._method} {self._path}")  # for the log
         self._digest = ""
 
     def answer(self) -> Iterable[bytes]:
@@ -366,7 +365,7 @@ class _Request:
     def _without_store(self, exc: Exception) -> Iterable[bytes]:
         logger.error(
             "no claim could be made for %s: %s",
-            self._shown,
+            self._shown(),
             exc,
             exc_info=None if isinstance(exc, StoreError) else exc,
         )
@@ -414,6 +413,10 @@ class _Request:
         self.start_response(whole.status, whole.headers)
         return [whole.body]
 
+    def _shown(self) -> str:
+        """What was asked for, as it may stand in a log."""
+        return scope.printable(f"{self._method} {self._path}")
+
     def winner(self, claim: Claim) -> Iterable[bytes]:
         """For a client whose own handler was overtaken: the response of the one that counts."""
         decision: protocol.Decision = protocol.OutcomeUnknown()
@@ -422,7 +425,7 @@ class _Request:
             if record is not None:
                 decision = protocol.decide(record, self._fingerprint_like(record, claim))
         except Exception:
-            logger.exception("who overtook %s can't be told", self._shown)
+            logger.exception("who overtook %s can't be told", self._shown())
         if isinstance(decision, protocol.Replay):
             return self._replay(decision)
         return self._refuse(self._refusal(decision))

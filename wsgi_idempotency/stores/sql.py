@@ -542,37 +542,34 @@ class SQLStore:
         return StoreUnavailable(said)
 
     def _make_engine(self) -> Engine:
-        if self._postgresql:
-            defaults: dict[str, Any] = {
-                "connect_timeout": max(2, round(self._timeout)),  # seconds; 2 is libpq's least
-                "tcp_user_timeout": round(self._timeout * 1000),  # milliseconds
-            }
-            if not self._prepare:
-                defaults["prepare_threshold"] = None
-            engine = create_engine(
-                self.url,
-                isolation_level="AUTOCOMMIT",
-                use_native_hstore=False,  # it would look the type up on every connection
-                pool_size=self._pool_size,
-                max_overflow=0,
-                pool_timeout=self._timeout,
-                pool_reset_on_return=None,  # autocommit leaves nothing to roll back
-                pool_use_lifo=True,  # lets idle connections beyond the need go quiet
-                connect_args={k: v for k, v in defaults.items() if k not in self.url.query},
-            )
-            event.listen(engine, "do_connect", self._connect_bounded)
-        else:
-            engine = create_engine(
-                self.url,
-                isolation_level="AUTOCOMMIT",
-                pool_size=self._pool_size,
-                max_overflow=0,
-                pool_timeout=self._timeout,
-                pool_reset_on_return=None,
-                connect_args={"timeout": self._timeout},
-            )
+        if not self._postgresql:
+            engine = self._engine_with(connect_args={"timeout": self._timeout})
             event.listen(engine, "connect", self._set_up_sqlite)
+            return engine
+        defaults: dict[str, Any] = {
+            "connect_timeout": max(2, round(self._timeout)),  # seconds; 2 is libpq's least
+            "tcp_user_timeout": round(self._timeout * 1000),  # milliseconds
+        }
+        if not self._prepare:
+            defaults["prepare_threshold"] = None
+        engine = self._engine_with(
+            use_native_hstore=False,  # it would look the type up on every connection
+            pool_use_lifo=True,  # lets idle connections beyond the need go quiet
+            connect_args={k: v for k, v in defaults.items() if k not in self.url.query},
+        )
+        event.listen(engine, "do_connect", self._connect_bounded)
         return engine
+
+    def _engine_with(self, **options: Any) -> Engine:
+        return create_engine(
+            self.url,
+            isolation_level="AUTOCOMMIT",
+            pool_size=self._pool_size,
+            max_overflow=0,
+            pool_timeout=self._timeout,
+            pool_reset_on_return=None,  # autocommit leaves nothing to roll back
+            **options,
+        )
 
     def _connect_bounded(
         self, dialect: object, record: object, args: list[Any], params: dict[str, Any]
