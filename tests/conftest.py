@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from apps.gate import Gate
 from servers.postgres import (
     Postgres,
     PostgresServer,
@@ -91,6 +92,21 @@ def pg_database(on_postgresql: None, postgres: Postgres, schema_template: str) -
 def sqlite_url(tmp_path: Path) -> str:
     """The URL of an SQLite file that doesn't exist yet."""
     return f"sqlite:///{tmp_path / 'keys.db'}"
+
+
+@pytest.fixture(params=["PostgreSQL", "SQLite"])
+def database(request: pytest.FixtureRequest) -> str:
+    """The URL of a database with no row, on either of the two."""
+    name = {"PostgreSQL": "pg_database", "SQLite": "sqlite_url"}[request.param]
+    url: str = request.getfixturevalue(name)
+    return url
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """Where a handler waits until the test lets it pass."""
+    with Gate() as gate:
+        yield gate
 
 
 def pytest_configure(config: pytest.Config) -> None:

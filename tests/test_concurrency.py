@@ -5,7 +5,6 @@ from __future__ import annotations
 import select
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,20 +32,6 @@ from servers.postgres import Postgres, database_of
 AT_ONCE = 2.0
 
 THREADS = {"worker_class": "gthread", "workers": 1, "threads": 16}
-
-
-@pytest.fixture(params=["PostgreSQL", "SQLite"])
-def database(request: pytest.FixtureRequest) -> str:
-    """The URL of a database with no row, on either of the two."""
-    name = {"PostgreSQL": "pg_database", "SQLite": "sqlite_url"}[request.param]
-    url: str = request.getfixturevalue(name)
-    return url
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    with Gate() as gate:
-        yield gate
 
 
 def storm(shop: Shop, gate: Gate) -> list[Response]:

@@ -25,20 +25,6 @@ from apps.shop import (
 SHORT_LEASE = {"lease": 1}
 
 
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    with Gate() as gate:
-        yield gate
-
-
-@pytest.fixture(params=["PostgreSQL", "SQLite"])
-def database(request: pytest.FixtureRequest) -> str:
-    """The URL of a database with no row, on either of the two."""
-    name = {"PostgreSQL": "pg_database", "SQLite": "sqlite_url"}[request.param]
-    url: str = request.getfixturevalue(name)
-    return url
-
-
 def post_in_vain(shop: Shop, *headers: tuple[str, str]) -> None:
     """Send a request whose answer never comes."""
     with pytest.raises(ConnectionError):

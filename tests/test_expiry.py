@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -29,20 +28,6 @@ from wsgi_idempotency import IdempotencyMiddleware, SQLStore, everyone
 from wsgi_idempotency.records import Claim, Claimed, Lapse, Record
 
 DAY = 24 * 3600  # seconds; the default retention
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    with Gate() as gate:
-        yield gate
-
-
-@pytest.fixture(params=["PostgreSQL", "SQLite"])
-def database(request: pytest.FixtureRequest) -> str:
-    """The URL of a database with no row, on either of the two."""
-    name = {"PostgreSQL": "pg_database", "SQLite": "sqlite_url"}[request.param]
-    url: str = request.getfixturevalue(name)
-    return url
 
 
 def now(url: str) -> str:

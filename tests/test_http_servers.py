@@ -55,12 +55,6 @@ def key(request: pytest.FixtureRequest) -> str:
     return request.node.name.replace(" ", "-")
 
 
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    with Gate() as gate:
-        yield gate
-
-
 def decodes_chunks(shop: Shop, key: str) -> bool:
     """Whether the server does, which wsgiref alone doesn't: what it can't end is refused."""
     with shop.connect() as connection:

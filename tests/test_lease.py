@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 
 import pytest
 
@@ -14,23 +15,12 @@ from wsgi_idempotency import MemoryStore
 from wsgi_idempotency.errors import StoreUnavailable
 from wsgi_idempotency.lease import Heartbeat
 from wsgi_idempotency.operation import Operation
-from wsgi_idempotency.records import Claim, Completion, Lapse
+from wsgi_idempotency.records import Claim, Completion
+from wsgi_idempotency.testing import make_claim
 
 
 def claim_of(store, lease=0.3, retention=60.0) -> Claim:
-    claim = Claim(
-        digest=os.urandom(32),
-        token=os.urandom(16),
-        fingerprint=b"f",
-        fingerprint_version=1,
-        scope="everyone",
-        key="k",
-        method="POST",
-        path="/pay",
-        lease=lease,
-        retention=retention,
-        lapse=Lapse.RELEASE,
-    )
+    claim = make_claim(str(uuid.uuid4()), lease=lease, retention=retention, path="/pay")
     store.claim(claim)
     return claim
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from rows import IN_FLIGHT
 
 from wsgi_idempotency import protocol
 from wsgi_idempotency.protocol import (
@@ -20,25 +21,11 @@ from wsgi_idempotency.protocol import (
     store_everything,
     store_success,
 )
-from wsgi_idempotency.records import Completion, Lapse, Record, State
-
-ROW = Record(
-    digest=b"d" * 32,
-    token=b"t" * 16,
-    state=State.CLAIMED,
-    fingerprint=b"f",
-    fingerprint_version=1,
-    attempt=1,
-    lapse=Lapse.RELEASE,
-    lapsed=False,
-    past_retention=False,
-    age=0.0,
-    lease_left=60.0,
-)
+from wsgi_idempotency.records import Lapse, Record, State
 
 
 def row(**changes) -> Record:
-    return dataclasses.replace(ROW, **changes)
+    return dataclasses.replace(IN_FLIGHT, **changes)
 
 
 DONE = {"state": State.COMPLETED, "status": "201 Made It", "headers": (("Location", "/x"),)}
@@ -138,9 +125,3 @@ def test_an_outcomes_function_has_to_return_an_action():
 )
 def test_retry_after_grows_with_the_age_up_to_the_lease(age, left, seconds):
     assert retry_after(protocol.InFlight(age, left)) == seconds
-
-
-@pytest.mark.parametrize(("body", "reason"), [(None, None), (b"", "a reason")])
-def test_a_completion_has_a_body_or_a_reason_for_having_none(body, reason):
-    with pytest.raises(ValueError, match="either a body or a reason"):
-        Completion("200 OK", (), body, reason)

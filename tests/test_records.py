@@ -6,30 +6,18 @@ import dataclasses
 import itertools
 
 import pytest
+from rows import IN_FLIGHT
 
 from wsgi_idempotency.records import (
     Claim,
     Claimed,
     Completion,
     Lapse,
-    Record,
     State,
     StoredResponse,
 )
 
-ROW = Record(
-    digest=b"d" * 32,
-    token=b"t" * 16,
-    state=State.CLAIMED,
-    fingerprint=b"f",
-    fingerprint_version=1,
-    attempt=1,
-    lapse=Lapse.RELEASE,
-    lapsed=False,
-    past_retention=True,
-    age=0.0,
-    lease_left=60.0,
-)
+ROW = dataclasses.replace(IN_FLIGHT, past_retention=True)
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,6 @@ from wsgi_idempotency.schema import upgrade
 
 
 @pytest.fixture
-def gate() -> Iterator[Gate]:
-    with Gate() as gate:
-        yield gate
-
-
-@pytest.fixture
 def own_database(postgres_server: PostgresServer) -> Iterator[str]:
     """The URL of a database with our schema on a server that may be stopped."""
     url = postgres_server.create_database()

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import sys
 import threading
+import uuid
 from pathlib import Path
 
 import psycopg
@@ -23,24 +24,13 @@ from wsgi_idempotency.errors import (
     SchemaError,
     StoreUnavailable,
 )
-from wsgi_idempotency.records import Claim, Claimed, Lapse, Record
+from wsgi_idempotency.records import Claim, Claimed, Record
 from wsgi_idempotency.stores.sql import database_url, shown
+from wsgi_idempotency.testing import make_claim
 
 
 def new_claim() -> Claim:
-    return Claim(
-        digest=os.urandom(32),
-        token=os.urandom(16),
-        fingerprint=b"f",
-        fingerprint_version=1,
-        scope="everyone",
-        key="k",
-        method="POST",
-        path="/pay",
-        lease=60.0,
-        retention=600.0,
-        lapse=Lapse.HOLD,
-    )
+    return make_claim(str(uuid.uuid4()))
 
 
 def libpq(url: str) -> str:
