@@ -2183,3 +2183,29 @@ def test_a_path_that_no_server_should_give_is_still_matched_against_the_routes()
     environ["PATH_INFO"] = "/\u20ac"
     body = middleware(environ, lambda status, headers, exc_info=None: None)
     assert b"".join(body) == b"made"
+
+
+def test_the_body_of_a_request_without_a_key_is_left_to_the_application():
+    """P5: neither read nor replaced, nor is the environ otherwise touched."""
+
+    class Unread(io.BytesIO):
+        def read(self, size=-1):
+            raise AssertionError("the body was read")
+
+    seen = []
+
+    def app(environ, start_response):
+        seen.append(dict(environ))
+        return []
+
+    middleware, _ = wrap(app, store=FaultyStore(), lint=False)
+    environ = {
+        "REQUEST_METHOD": "POST",
+        "PATH_INFO": "/pay",
+        "CONTENT_LENGTH": "4",
+        "wsgi.input": Unread(b"body"),
+    }
+    before = dict(environ)
+    middleware(environ, lambda *args: None)
+    assert seen == [before]
+    assert environ == before
