@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import io
+import os
+import warnings
+import weakref
 
 import pytest
 
@@ -31,6 +34,23 @@ def test_the_application_gets_a_stream_of_every_byte(size):
     assert b"".join(iter(environ["wsgi.input"])) == data
     del environ, body
     gc.collect()  # a spool left open would warn, and warnings are errors
+
+
+def test_a_spool_that_ends_in_a_reference_cycle_closes_its_file_in_silence():
+    """As in the traceback of a handler that failed; whoever of the cycle is finalized first."""
+    body = Body(environ_of(b"x" * 2_000_000), limit=4_000_000)
+    body.read()
+    file = weakref.ref(body._spool)
+    descriptor = body._spool.fileno()
+    cycle = [body._spool]
+    cycle.append(cycle)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del body, cycle
+        gc.collect()
+    assert (file(), caught) == (None, [])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_a_body_is_made_of_bytes_that_are_there():

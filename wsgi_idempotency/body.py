@@ -8,6 +8,7 @@ way a chunked body (RFC 9112 section 7.1) can reach an application.
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -133,9 +134,18 @@ class _TemporaryFile(io.BufferedRandom):
 
     @classmethod
     def holding(cls, start: io.BytesIO) -> _TemporaryFile:
-        file = cls(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
+        with tempfile.TemporaryFile(buffering=0) as named:
+            file = cls(_Descriptor(os.dup(named.fileno()), "r+"))
         file.write(start.getbuffer())
         return file
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Descriptor(io.FileIO):
+    """What is below the buffer. In a reference cycle (a traceback is one) it may be
+    finalized first, so it too has to close itself in silence."""
 
     def __del__(self) -> None:
         self.close()
