@@ -909,7 +909,9 @@ def test_without_a_fingerprint_the_key_alone_identifies() -> None:
 
 @pytest.mark.parametrize("change", [{"REQUEST_METHOD": "PATCH"}, {"SCRIPT_NAME": "/shop"}])
 @pytest.mark.parametrize(
-    "fingerprint", [exact, canonical, lambda environ, body: b"constant"], ids=str
+    "fingerprint",
+    [exact, canonical, lambda environ, body: b"constant"],
+    ids=["exact", "canonical", "a constant"],
 )
 def test_what_is_stored_covers_the_endpoint_even_if_a_callable_does_not(
     fingerprint: Fingerprint, change: dict[str, str]
@@ -921,7 +923,9 @@ def test_what_is_stored_covers_the_endpoint_even_if_a_callable_does_not(
 
 
 @pytest.mark.parametrize(
-    "fingerprint", [exact, canonical, None, lambda environ, body: body], ids=str
+    "fingerprint",
+    [exact, canonical, None, lambda environ, body: body],
+    ids=["exact", "canonical", "none", "the body"],
 )
 def test_what_is_stored_is_keyed_with_the_secret(fingerprint: Fingerprint | None) -> None:
     """A body such as ``yes`` could be guessed from its digest."""

@@ -972,24 +972,33 @@ def test_without_a_policy_only_the_routes_are_protected():
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ({"app": None}, "can't be called"),
-        ({"scope": "alice"}, "can't be called"),
-        ({"render_problem": 1}, "can't be called"),
-        ({"policy": "strict"}, "use a Policy"),
-        ({"max_waiting": -1}, "whole number"),
-        ({"max_waiting": True}, "whole number"),
-        ({"secret": "short"}, "at least 16"),
-        ({"secret": 7}, "at least 16"),
-        ({"routes": [Route("/<nothing:x>", Policy())]}, "can't be used"),
-        ({"routes": [Route("/<int(wide=1):x>", Policy())]}, "can't be used"),
-        ({"routes": [("/pay", Policy())]}, "use Route"),
-        ({"on_event": ["log"]}, "use callables"),
-        ({"store": 7}, "use a database URL"),
-        ({"store": "mysql://localhost/x"}, "not supported"),
-        ({"store": "sqlite://"}, "memory:"),
-        ({"store": "what is this"}, "not a URL"),
+        pytest.param({"app": None}, "can't be called", id="an app that is None"),
+        pytest.param({"scope": "alice"}, "can't be called", id="a scope that is a string"),
+        pytest.param({"render_problem": 1}, "can't be called", id="a renderer that is a number"),
+        pytest.param({"policy": "strict"}, "use a Policy", id="a policy by name"),
+        pytest.param({"max_waiting": -1}, "whole number", id="a negative number of waiters"),
+        pytest.param({"max_waiting": True}, "whole number", id="a number of waiters that is True"),
+        pytest.param({"secret": "short"}, "at least 16", id="a short secret"),
+        pytest.param({"secret": 7}, "at least 16", id="a secret that is a number"),
+        pytest.param(
+            {"routes": [Route("/<nothing:x>", Policy())]},
+            "can't be used",
+            id="a route with an unknown converter",
+        ),
+        pytest.param(
+            {"routes": [Route("/<int(wide=1):x>", Policy())]},
+            "can't be used",
+            id="a route whose converter takes no such argument",
+        ),
+        pytest.param({"routes": [("/pay", Policy())]}, "use Route", id="a route that is a tuple"),
+        pytest.param({"on_event": ["log"]}, "use callables", id="an observer that is a string"),
+        pytest.param({"store": 7}, "use a database URL", id="a store that is a number"),
+        pytest.param(
+            {"store": "mysql://localhost/x"}, "not supported", id="a database of another kind"
+        ),
+        pytest.param({"store": "sqlite://"}, "memory:", id="SQLite in memory"),
+        pytest.param({"store": "what is this"}, "not a URL", id="a store that is no URL"),
     ],
-    ids=repr,
 )
 def test_nonsense_is_refused_at_construction(options, advice):
     given = {"app": App(), "store": "memory:", "scope": everyone, **options}

@@ -38,36 +38,58 @@ def test_methods_and_replayed_headers_are_taken_in_any_case():
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ({"methods": "POST"}, "list or tuple"),
-        ({"methods": ()}, "at least one"),
-        ({"methods": [1]}, "use names"),
-        ({"replay_headers": ["Connection"]}, "can't be replayed"),
-        ({"replay_headers": "Set-Cookie"}, "list or tuple"),
-        ({"key": "Idempotency-Key"}, "use header"),
-        ({"fingerprint": "exact"}, "use exact, canonical or None"),
-        ({"namespace": "global"}, '"endpoint" or "scope"'),
-        ({"namespace": "scope", "fingerprint": None}, "replay one endpoint's response"),
-        ({"on_store_failure": "ignore"}, '"refuse" or "bypass"'),
-        ({"transaction": True}, "not in this release"),
-        ({"max_key_length": 0}, "at least 1"),
-        ({"max_key_length": True}, "whole number"),
-        ({"max_request_bytes": -1}, "at least 0"),
-        ({"max_response_bytes": 1.5}, "whole number"),
-        ({"lease": 0.5}, "at least 1 s"),
-        ({"lease": "60"}, "seconds or a timedelta"),
-        ({"lease": float("nan")}, "seconds or a timedelta"),
-        ({"lease": 60, "retention": 59}, "at least 60 s"),
-        ({"retention": 1e12}, "at most a century"),
-        ({"wait": -1}, "at least 0 s"),
-        ({"wait": True}, "seconds or a timedelta"),
-        ({"outcomes": "store"}, "not callable"),
-        (
+        pytest.param({"methods": "POST"}, "list or tuple", id="methods in a string"),
+        pytest.param({"methods": ()}, "at least one", id="no methods"),
+        pytest.param({"methods": [1]}, "use names", id="a method that is a number"),
+        pytest.param(
+            {"replay_headers": ["Connection"]},
+            "can't be replayed",
+            id="replaying a hop-by-hop header",
+        ),
+        pytest.param({"replay_headers": "Set-Cookie"}, "list or tuple", id="headers in a string"),
+        pytest.param({"key": "Idempotency-Key"}, "use header", id="a key that is a string"),
+        pytest.param(
+            {"fingerprint": "exact"}, "use exact, canonical or None", id="a fingerprint by name"
+        ),
+        pytest.param({"namespace": "global"}, '"endpoint" or "scope"', id="an unknown namespace"),
+        pytest.param(
+            {"namespace": "scope", "fingerprint": None},
+            "replay one endpoint's response",
+            id="a namespace that needs a fingerprint",
+        ),
+        pytest.param(
+            {"on_store_failure": "ignore"},
+            '"refuse" or "bypass"',
+            id="an unknown wish for when the store fails",
+        ),
+        pytest.param({"transaction": True}, "not in this release", id="transaction mode"),
+        pytest.param({"max_key_length": 0}, "at least 1", id="no length for a key"),
+        pytest.param({"max_key_length": True}, "whole number", id="a length that is True"),
+        pytest.param({"max_request_bytes": -1}, "at least 0", id="a negative number of bytes"),
+        pytest.param({"max_response_bytes": 1.5}, "whole number", id="half a byte"),
+        pytest.param({"lease": 0.5}, "at least 1 s", id="a short lease"),
+        pytest.param({"lease": "60"}, "seconds or a timedelta", id="a lease that is a string"),
+        pytest.param(
+            {"lease": float("nan")}, "seconds or a timedelta", id="a lease that is not a number"
+        ),
+        pytest.param(
+            {"lease": 60, "retention": 59}, "at least 60 s", id="a retention shorter than the lease"
+        ),
+        pytest.param({"retention": 1e12}, "at most a century", id="a retention of ages"),
+        pytest.param({"wait": -1}, "at least 0 s", id="a negative wait"),
+        pytest.param({"wait": True}, "seconds or a timedelta", id="a wait that is True"),
+        pytest.param({"outcomes": "store"}, "not callable", id="outcomes by name"),
+        pytest.param(
             {"outcomes": lambda outcome: RELEASE if outcome.status >= 500 else STORE},
             "RELEASE or HOLD",
+            id="outcomes that can't judge an exception",
         ),
-        ({"outcomes": lambda outcome: STORE}, "RELEASE to let a retry run it again or HOLD"),
+        pytest.param(
+            {"outcomes": lambda outcome: STORE},
+            "RELEASE to let a retry run it again or HOLD",
+            id="outcomes that store a lapse",
+        ),
     ],
-    ids=lambda value: repr(value)[:60],
 )
 def test_nonsense_is_refused_with_what_would_be_right(options, advice):
     with pytest.raises(ConfigurationError, match=advice):
