@@ -42,7 +42,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import pytest
 
@@ -295,18 +295,21 @@ def fork_and_use(
     """
     if used:
         store.claim(make_claim("before the fork"))
-    child = os.fork()
-    if child == 0:
-        signal.alarm(int(PATIENCE))
-        status = 1
-        try:
-            status = 0 if all(use(store, "child")) else 2
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+    child = os.fork() or use_and_exit(store)
     answers = use(store, "parent")
     return os.waitpid(child, 0)[1], answers, store.lookup(make_claim("child 19").digest)
+
+
+def use_and_exit(store: Store) -> NoReturn:
+    """The life of a forked child, whose wait status is 0 if all went well."""
+    signal.alarm(int(PATIENCE))
+    status = 1
+    try:
+        status = 0 if all(use(store, "child")) else 2
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def use(store: Store, who: str) -> list[bool]:
