@@ -38,6 +38,8 @@ NOBODY = "postgresql://shop:s3cret@127.0.0.1:1/shop"
 
 OLD = 2 * checkup.PURGE_TOLERANCE
 
+HEAD = tables.SCHEMA_REVISION
+
 
 @pytest.fixture(params=["pg_url", "sqlite_url"], ids=["on PostgreSQL", "on SQLite"])
 def empty(request: pytest.FixtureRequest) -> str:
@@ -281,8 +283,8 @@ class TestEveryCommandWithADatabase:
 def test_upgrade_says_what_it_did(empty: str) -> None:
     name = make_url(empty).render_as_string(hide_password=True)
     first, second = invoke("upgrade", "--database", empty), run("upgrade", "--database", empty)
-    assert (first.exit_code, first.output) == (0, f"{name}: upgraded from nothing to 0001\n")
-    assert (second.returncode, second.stdout) == (0, f"{name}: at 0001: nothing to do\n")
+    assert (first.exit_code, first.output) == (0, f"{name}: upgraded from nothing to {HEAD}\n")
+    assert (second.returncode, second.stdout) == (0, f"{name}: at {HEAD}: nothing to do\n")
 
 
 def test_upgrade_twice_at_once_makes_one_schema(empty: str) -> None:
@@ -295,8 +297,8 @@ def test_upgrade_twice_at_once_makes_one_schema(empty: str) -> None:
     said = [process.communicate()[0] for process in two]
     assert [process.returncode for process in two] == [0, 0]
     assert sorted(line.partition(": ")[2] for line in said) == [
-        "at 0001: nothing to do\n",
-        "upgraded from nothing to 0001\n",
+        f"at {HEAD}: nothing to do\n",
+        f"upgraded from nothing to {HEAD}\n",
     ]
 
 
@@ -403,7 +405,7 @@ def test_check_prints_json_for_programs(sound: str) -> None:
     said = json.loads(done.stdout)
     assert (done.returncode, said["ok"]) == (0, True)
     assert said["database"] == make_url(sound).render_as_string(hide_password=True)
-    schema = {"check": "schema", "verdict": "ok", "found": "0001", "advice": None}
+    schema = {"check": "schema", "verdict": "ok", "found": HEAD, "advice": None}
     assert schema in said["findings"]
 
 
@@ -563,10 +565,10 @@ def test_check_finds_a_file_without_a_schema(sqlite_url: str) -> None:
 
 
 def test_check_finds_a_newer_schema(database: str) -> None:
-    set_revision(database, "0002")
+    set_revision(database, "9999")
     found = findings(database)["schema"]
     assert found.verdict is Verdict.WARNING
-    assert found.found == "0002, newer than the 0001 that this release knows"
+    assert found.found == f"9999, newer than the {HEAD} that this release knows"
 
 
 def test_check_finds_an_older_schema(database: str) -> None:
@@ -580,7 +582,7 @@ def test_check_finds_a_table_that_is_missing(database: str) -> None:
     drop_keys(database)
     found = findings(database)["schema"]
     assert found.verdict is Verdict.FAIL
-    assert found.found == "wsgi_idempotency_version says 0001, but idempotency_keys is missing"
+    assert found.found == f"wsgi_idempotency_version says {HEAD}, but idempotency_keys is missing"
 
 
 @pytest.mark.parametrize(
@@ -688,7 +690,7 @@ def test_a_file_is_judged_by_what_sqlite_says(
 @pytest.mark.parametrize(
     ("revision", "has_table", "made_on_first_use", "verdict", "said"),
     [
-        ("0001", True, False, Verdict.OK, "0001"),
+        (HEAD, True, False, Verdict.OK, HEAD),
         (None, False, True, Verdict.WARNING, "missing"),
         (None, False, False, Verdict.FAIL, "missing"),
         (None, True, False, Verdict.FAIL, "its revision is not in wsgi_idempotency_version"),

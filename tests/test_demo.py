@@ -31,6 +31,7 @@ from wsgi_idempotency.demo import demo, server
 from wsgi_idempotency.demo.command import origin, tap_twice
 from wsgi_idempotency.demo.double_tap import Observation, Purchase, complaints, pay
 from wsgi_idempotency.demo.shop import create_app, create_charges, create_pages, metadata
+from wsgi_idempotency.stores.tables import SCHEMA_REVISION
 
 COMMAND = Path(sys.executable).with_name("wsgi-idempotency")
 
@@ -100,7 +101,7 @@ def test_once_charges_the_protected_order_once_on_postgresql(pg_url: str) -> Non
         result = CliRunner().invoke(demo, ["--once", "--database", pg_url])
 
         assert result.exit_code == 0, result.output
-        assert f"the schema is at 0001, {before}." in result.output
+        assert f"the schema is at {SCHEMA_REVISION}, {before}." in result.output
         assert_charged_once_under_protection(result.output)
 
 

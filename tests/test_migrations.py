@@ -30,7 +30,9 @@ from sqlalchemy import Column, Integer, MetaData, Table, create_engine, inspect,
 from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
+from werkzeug.test import Client
 
+from wsgi_idempotency import IdempotencyMiddleware, everyone
 from wsgi_idempotency.errors import ConfigurationError, SchemaError
 from wsgi_idempotency.schema import POSTGRESQL_LOCK, Upgrade, connect, upgrade, upgrade_connection
 from wsgi_idempotency.stores import tables
@@ -171,7 +173,7 @@ def test_models_and_migrations_are_one_schema_on_sqlite(tmp_path: Path) -> None:
     upgrade(migrated)
     create_all(modelled)
     assert catalog(migrated) == catalog(modelled)
-    assert len(catalog(migrated)) == 5  # two tables, two keys, one index
+    assert len(catalog(migrated)) == 8  # three tables, three keys, two indexes
 
 
 def test_alembic_sees_nothing_to_change(url: str) -> None:
@@ -255,13 +257,95 @@ def test_a_table_of_unknown_revision_is_not_touched(url: str) -> None:
         tables.metadata.create_all(connection)
     with pytest.raises(SchemaError, match="its revision is not in wsgi_idempotency_version"):
         upgrade(url)
-    assert table_names(url) == {"idempotency_keys"}
+    assert table_names(url) == set(tables.metadata.tables)
 
 
 @pytest.mark.parametrize("wrong", ["mysql://localhost/shop", "sqlite://", "shop.db"])
 def test_a_database_of_another_kind_is_refused(wrong: str) -> None:
     with pytest.raises(ConfigurationError):
         upgrade(wrong)
+
+
+# ---------------------------------------------------------------------- the release before
+
+# What release 0.1.0 recorded of POST /pay with the body "pay", key "k" and scope everyone.
+DIGEST_OF_0001 = "fd4b97e068ce65b2c5ebc8b09903dd73abe9847f8af9917d9b6f154ae1020873"
+FINGERPRINT_OF_0001 = "ca6ecb1165514178102862aac27222788443d9b7d59a150ba052f91e2d3f29ea"
+
+SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
+
+ROW_OF_0001 = """
+    INSERT INTO idempotency_keys (
+        created_at, lease_until, expires_at, completed_at, attempt, fingerprint_version,
+        key_digest, claim_token, fingerprint, state, lapse, scope, idempotency_key, method,
+        path, response_status, response_headers, not_replayable, response_body)
+    VALUES (
+        {now}, {now}, {tomorrow}, {now}, 1, 1, {digest}, {token}, {fingerprint}, 'completed',
+        'release', 'everyone', 'k', 'POST', '/pay', '201 Made It',
+        '[["Location","/charges/1"],["Link","<1>"],["Link","<2>"]]', NULL, {body})"""
+
+
+def row_of_0001(postgresql: bool) -> str:
+    now, tomorrow, bytes_ = (
+        ("now()", "now() + interval '1 day'", "decode('{}', 'hex')")
+        if postgresql
+        else (SQLITE_NOW, f"{SQLITE_NOW} + 86400", "x'{}'")
+    )
+    return ROW_OF_0001.format(
+        now=now,
+        tomorrow=tomorrow,
+        digest=bytes_.format(DIGEST_OF_0001),
+        token=bytes_.format("00" * 16),
+        fingerprint=bytes_.format(FINGERPRINT_OF_0001),
+        body=bytes_.format(b'{"id": 1}'.hex()),
+    )
+
+
+def test_a_row_of_the_first_schema_replays_after_the_upgrade(url: str) -> None:
+    """As it was written then: key, payload and response are read as they were meant."""
+    upgrade(url, "0001")
+    with connect(url) as connection, connection.begin():
+        connection.exec_driver_sql(row_of_0001(connection.dialect.name == "postgresql"))
+    assert upgrade(url) == Upgrade("0001", tables.SCHEMA_REVISION)
+
+    def handler(environ: object, start_response: object) -> list[bytes]:
+        raise AssertionError("the handler ran again")
+
+    app = IdempotencyMiddleware(handler, url, scope=everyone)
+    client = Client(app)
+    replay = client.post("/pay", data=b"pay", headers={"Idempotency-Key": "k"})
+    other = client.post("/pay", data=b"pay more", headers={"Idempotency-Key": "k"})
+    app.store.close()
+    assert (replay.status, replay.data) == ("201 Made It", b'{"id": 1}')
+    assert replay.headers["Idempotency-Replayed"] == "true"
+    assert replay.headers["Location"] == "/charges/1"
+    assert replay.headers.getlist("Link") == ["<1>", "<2>"]
+    assert other.status_code == 422
+
+
+def test_the_table_of_resolutions_comes_without_a_change_to_the_keys(url: str) -> None:
+    """Processes of the release before go on serving beside it."""
+    upgrade(url, "0001")
+    before = [row for row in catalog(url) if row[1] == "idempotency_keys"]
+    assert before
+    upgrade(url, "0002")
+    assert [row for row in catalog(url) if row[1] == "idempotency_keys"] == before
+    assert {"idempotency_resolutions"} < table_names(url)
+
+
+def test_a_file_of_an_earlier_release_names_the_command_that_brings_it_up(sqlite_url: str) -> None:
+    """A store makes what is missing, and leaves what is old to a person."""
+    upgrade(sqlite_url, "0001")
+    store = SQLStore(sqlite_url)
+    with pytest.raises(SchemaError) as refused:
+        store.check()
+    command = f"wsgi-idempotency upgrade --database {sqlite_url}"
+    assert str(refused.value).endswith(f". Run: {command}")
+    assert "The schema is at 0001" in str(refused.value)
+    done = run(PROGRAMS / "wsgi-idempotency", *command.split()[1:])
+    assert done.returncode == 0, done.stderr
+    store.check()
+    store.close()
 
 
 # ---------------------------------------------------------------------- two at once
@@ -354,7 +438,7 @@ def test_logging_is_left_alone_unless_alembic_is_the_program(url: str) -> None:
 
 def test_alembic_upgrades_from_the_checkout(url: str) -> None:
     alembic("-x", f"database={url}", "upgrade", "head")
-    assert alembic("-x", f"database={url}", "current") == "0001 (head)\n"
+    assert alembic("-x", f"database={url}", "current") == f"{tables.SCHEMA_REVISION} (head)\n"
     assert "No new upgrade operations" in alembic("-x", f"database={url}", "check")
     alembic("-x", f"database={url}", "downgrade", "base")
     assert table_names(url) == {tables.VERSION_TABLE}
@@ -443,7 +527,7 @@ def test_alembic_writes_a_new_revision_with_its_number(sqlite_url: str, tmp_path
     )  # fmt: skip
     made = (folder / "versions" / "9999_change_nothing.py").read_text()
     assert '"""Change nothing."""' in made
-    assert "down_revision = '0001'" in made
+    assert f"down_revision = '{tables.SCHEMA_REVISION}'" in made
     assert "op." not in made.replace("from alembic import op", "")
 
 
@@ -515,9 +599,7 @@ def test_an_apps_autogenerate_leaves_our_tables_alone_with_include_name(
     assert "op.create_table('orders'" in made
     assert "idempotency" not in made
     app.upgrade()
-    assert table_names(url) == {
-        "orders", "alembic_version", "idempotency_keys", "wsgi_idempotency_version",
-    }  # fmt: skip
+    assert table_names(url) == {"orders", "alembic_version", *tables.OUR_TABLES}
     assert upgrade(url) == Upgrade(tables.SCHEMA_REVISION, tables.SCHEMA_REVISION)
 
 

@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 #: The Alembic revision this release needs. Revisions are numbered, so that a newer
 #: schema, seen while hosts are upgraded one by one, can be told from an older one.
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 
 #: Our own version table: an application's Alembic has its own, and neither sees the other's.
 VERSION_TABLE = "wsgi_idempotency_version"
@@ -82,6 +82,37 @@ Index("ix_idempotency_keys_expires_at", idempotency_keys.c.expires_at)
 # the measurement. A statement, since SQLAlchemy 2.0 has no option for it on a table.
 _leave_room = DDL("ALTER TABLE idempotency_keys SET (fillfactor = 50)")  # type: ignore[no-untyped-call]
 event.listen(idempotency_keys, "after_create", _leave_room.execute_if(dialect="postgresql"))
+
+#: Who decided what about an operation whose outcome was unknown. ``id`` is also the token
+#: that the operation's row was given, so that whoever held its claim is fenced off.
+idempotency_resolutions = Table(
+    "idempotency_resolutions",
+    metadata,
+    Column("id", LargeBinary(16), nullable=False),
+    Column("resolved_at", Timestamp, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("key_digest", LargeBinary(32), nullable=False),
+    Column("scope", Text, nullable=False),
+    Column("idempotency_key", Text, nullable=False),
+    Column("method", Text, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("response_status", Text),
+    PrimaryKeyConstraint("id", name="pk_idempotency_resolutions"),
+    CheckConstraint("length(id) = 16", name="ck_idempotency_resolutions_id"),
+    CheckConstraint(
+        "action IN ('forget', 'release', 'complete')",
+        name="ck_idempotency_resolutions_action",
+    ),
+    CheckConstraint(
+        "(action = 'complete') = (response_status IS NOT NULL)",
+        name="ck_idempotency_resolutions_completed",
+    ),
+)
+
+Index("ix_idempotency_resolutions_key_digest", idempotency_resolutions.c.key_digest)
 
 version_table = Table(
     VERSION_TABLE,
