@@ -2,29 +2,58 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import os
 import random
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 FIRST_PORT, LAST_PORT = 20_000, 32_000
+
+#: The ports that this process has been given.
+ours: set[int] = set()
 
 
 def free_port() -> int:
     """A loopback port nobody listens on.
 
-    It lies below the range from which the kernel takes the ports of outgoing connections,
-    so that none of the tests' own connections can occupy it while a server restarts.
+    No other process is given it from here for as long as ours lives, so that a server may
+    leave it and come back. It lies below the range from which the kernel takes the ports of
+    outgoing connections, so that none of the tests' own connections can occupy it meanwhile.
     """
     while True:
         port = random.randint(FIRST_PORT, LAST_PORT)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
+        if port not in ours and is_free(port) and lock(port):
+            ours.add(port)
+            return port
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def lock(port: int) -> bool:
+    """Lock the port's byte of a file, which the kernel unlocks when the process ends."""
+    try:
+        fcntl.lockf(locks(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache
+def locks() -> BinaryIO:
+    return Path(tempfile.gettempdir(), f"wsgi-idempotency-ports-{os.geteuid()}").open("ab")
 
 
 class Watchdog:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from servers import Watchdog, free_port
+from servers import Watchdog
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -64,7 +64,9 @@ class Gunicorn:
         folders: Iterable[Path] = (),
         arguments: Iterable[str] = (),
     ) -> None:
-        self.address: Address = ("127.0.0.1", free_port())
+        # The port is ours before gunicorn starts: none is free for sure once it was looked for.
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.address: Address = listener.getsockname()
         self.workers = workers
         self.log = folder / "gunicorn.log"
         configuration = folder / "gunicorn.conf.py"
@@ -72,7 +74,7 @@ class Gunicorn:
         command = [
             sys.executable, "-m", "gunicorn", application,
             "--config", configuration,
-            "--bind", "{}:{}".format(*self.address),
+            "--bind", f"fd://{listener.fileno()}",
             "--worker-class", worker_class,
             "--workers", str(workers),
             "--threads", str(threads),
@@ -81,7 +83,7 @@ class Gunicorn:
             *arguments,
         ]  # fmt: skip
         path = [TESTS, *folders, *filter(None, [os.environ.get("PYTHONPATH")])]
-        with self.log.open("wb") as log:
+        with listener, self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -95,6 +97,7 @@ class Gunicorn:
                     **(environment or {}),
                 },
                 start_new_session=True,
+                pass_fds=[listener.fileno()],
             )
         self._watchdog = Watchdog('kill -KILL -- "-$1"', str(self.process.pid))
         try:
