@@ -297,7 +297,7 @@ class Machine(RuleBasedStateMachine):
             None if streamed else claim.token,
             not_replayable="streamed" if streamed else None,
         )
-        row = self.ours(claim, State.CLAIMED, State.COMPLETED)
+        row = self.ours(claim, State.CLAIMED, State.HELD, State.COMPLETED)
         assert self.store.complete(claim.digest, claim.token, completion) is (row is not None)
         if row is not None:
             self.rows[claim.digest] = dataclasses.replace(

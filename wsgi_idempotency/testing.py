@@ -948,6 +948,15 @@ class StoreConformance:
         assert lookup(store, claim).body == DONE.body
 
     @pytest.mark.parametrize("retention", [BEFORE, AFTER], ids=["within", "past"])
+    def test_a_held_claim_can_still_complete(self, store: Store, retention: float) -> None:
+        """A worker that was only slow knows best, until somebody has resolved its row."""
+        claim = Situation(lease=OVER, retention=retention, settled=State.HELD).arrange(store)
+        assert store.complete(claim.digest, claim.token, DONE) is True
+        record = lookup(store, claim)
+        assert (record.state, record.body) == (State.COMPLETED, DONE.body)
+        assert record.past_retention is (retention == AFTER)
+
+    @pytest.mark.parametrize("retention", [BEFORE, AFTER], ids=["within", "past"])
     def test_completing_moves_no_expiry(self, store: Store, retention: float) -> None:
         """``expires_at`` is set once, at the claim."""
         claim = Situation(retention=retention, settled=State.COMPLETED).arrange(store)
@@ -1061,13 +1070,13 @@ class StoreConformance:
                 State.HELD: "hold",
             }.items()
             for way in SETTLEMENTS
-            if way != same
+            if way != same and (state, way) != (State.HELD, "complete")
         ],
     )
     def test_a_claim_that_was_settled_one_way_is_not_settled_another(
         self, store: Store, state: State, way: str
     ) -> None:
-        """There is no claim left: what is finished stays so, what is held stays so."""
+        """There is no claim left: what is finished stays so, what is held isn't freed."""
         claim = Situation(settled=state).arrange(store)
         before = still(store.lookup(claim.digest))
         assert SETTLEMENTS[way](store, claim.digest, claim.token) is False

@@ -63,7 +63,8 @@ class Store(Protocol):
     def complete(self, digest: bytes, token: bytes, completion: Completion) -> bool:
         """Record a finished operation, if the caller's token is still on the row.
 
-        Also of a claim whose lease has run out but which nobody took over.
+        Also of a claim whose lease has run out but which nobody took over, and of one that
+        is held: a worker that was only slow may complete it until somebody resolves it.
         ``expires_at`` stays what it was. Called again with the same token it stays
         recorded, and the answer is True.
 

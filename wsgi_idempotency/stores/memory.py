@@ -92,7 +92,7 @@ class MemoryStore:
 
     def complete(self, digest: bytes, token: bytes, completion: Completion) -> bool:
         with self._exclusively():
-            row = self._own(digest, token, or_already=State.COMPLETED)
+            row = self._own(digest, token, State.HELD, State.COMPLETED)
             if row is None:
                 return False
             self._rows[digest] = dataclasses.replace(
@@ -155,18 +155,16 @@ class MemoryStore:
                 )
             yield self._clock()
 
-    def _own(
-        self, digest: bytes, token: bytes, *, or_already: State = State.CLAIMED
-    ) -> _Row | None:
-        """The row of a claim that is still the caller's, or that the same call settled."""
+    def _own(self, digest: bytes, token: bytes, *others: State) -> _Row | None:
+        """The row of a claim that is still the caller's, or is in one of the other states."""
         row = self._rows.get(digest)
         if row is None or row.claim.token != token:
             return None
-        return row if row.state in (State.CLAIMED, or_already) else None
+        return row if row.state in (State.CLAIMED, *others) else None
 
     def _give_up(self, digest: bytes, token: bytes, state: State) -> bool:
         with self._exclusively():
-            row = self._own(digest, token, or_already=state)
+            row = self._own(digest, token, state)
             if row is None:
                 return False
             self._rows[digest] = dataclasses.replace(row, state=state)

@@ -120,15 +120,16 @@ RETURNING attempt"""
 
 _PG_LOOKUP = f"SELECT {_PG_RECORD} FROM idempotency_keys WHERE key_digest = %(digest)s"
 
-# The token is the fence: whoever lost the claim finds no row. 'completed' is there so
-# that asking again after a lost answer finds its own work done. No indexed column
+# The token is the fence: whoever lost the claim finds no row. 'held' is there for a worker
+# that was only slow: until somebody has resolved its row, it knows best. 'completed' is
+# there so that asking again after a lost answer finds its own work done. No indexed column
 # changes, so the update can stay heap-only. Index: pk_idempotency_keys.
 _PG_COMPLETE = """
 UPDATE idempotency_keys SET
     state = 'completed', completed_at = now(), response_status = %(status)s,
     response_headers = %(headers)s, response_body = %(body)s, not_replayable = %(reason)s
 WHERE key_digest = %(digest)s AND claim_token = %(token)s
-  AND state IN ('claimed', 'completed')"""
+  AND state IN ('claimed', 'held', 'completed')"""
 
 _PG_RENEW = """
 UPDATE idempotency_keys AS row SET lease_until = now() + make_interval(secs => mine.lease)
@@ -211,7 +212,8 @@ _LITE_COMPLETE = f"""
 UPDATE idempotency_keys SET
     state = 'completed', completed_at = {_LITE_NOW}, response_status = :status,
     response_headers = :headers, response_body = :body, not_replayable = :reason
-WHERE key_digest = :digest AND claim_token = :token AND state IN ('claimed', 'completed')"""
+WHERE key_digest = :digest AND claim_token = :token
+  AND state IN ('claimed', 'held', 'completed')"""
 
 _LITE_RENEW = f"""
 UPDATE idempotency_keys SET lease_until = {_LITE_NOW} + :lease
