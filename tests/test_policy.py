@@ -62,7 +62,21 @@ def test_methods_and_replayed_headers_are_taken_in_any_case():
             '"refuse" or "bypass"',
             id="an unknown wish for when the store fails",
         ),
-        pytest.param({"transaction": True}, "not in this release", id="transaction mode"),
+        pytest.param(
+            {"transaction": True, "on_store_failure": "bypass"},
+            "without the transaction",
+            id="a transaction that may be bypassed",
+        ),
+        pytest.param(
+            {"transaction": True, "isolation_level": "AUTOCOMMIT"},
+            "READ COMMITTED, REPEATABLE READ, SERIALIZABLE",
+            id="no isolation at all",
+        ),
+        pytest.param(
+            {"isolation_level": "SERIALIZABLE"},
+            "give transaction=True",
+            id="isolation of no transaction",
+        ),
         pytest.param({"max_key_length": 0}, "at least 1", id="no length for a key"),
         pytest.param({"max_key_length": True}, "whole number", id="a length that is True"),
         pytest.param({"max_request_bytes": -1}, "at least 0", id="a negative number of bytes"),

@@ -8,12 +8,11 @@ way a chunked body (RFC 9112 section 7.1) can reach an application.
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from wsgi_idempotency.errors import BodyTooLarge, IncompleteBody, LengthRequired
+from wsgi_idempotency.spool import Spool
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -35,7 +34,7 @@ class Body:
     def __init__(self, environ: WSGIEnvironment, limit: int) -> None:
         self._environ = environ
         self._limit = limit
-        self._spool: io.BytesIO | _TemporaryFile | None = None
+        self._spool: io.BytesIO | Spool | None = None
         self._bytes: bytes | None = None
         self._size = 0
 
@@ -101,9 +100,9 @@ class Body:
             raise BodyTooLarge(f"the body has {text[:20]} bytes, the limit is {self._limit}")
         return int(text)
 
-    def _copy(self, expected: int | None) -> io.BytesIO | _TemporaryFile:
+    def _copy(self, expected: int | None) -> io.BytesIO | Spool:
         stream = self._environ["wsgi.input"]
-        spool: io.BytesIO | _TemporaryFile = io.BytesIO()
+        spool: io.BytesIO | Spool = io.BytesIO()
         while expected is None or self._size < expected:
             wanted = _CHUNK if expected is None else min(_CHUNK, expected - self._size)
             try:
@@ -118,34 +117,10 @@ class Body:
             if self._size > self._limit:
                 raise BodyTooLarge(f"the body has more than {self._limit} bytes")
             if self._size > _IN_MEMORY and isinstance(spool, io.BytesIO):
-                spool = _TemporaryFile.holding(spool)
+                file = Spool.new()
+                file.write(spool.getbuffer())
+                spool = file
             spool.write(chunk)
         if expected is not None and self._size < expected:
             raise IncompleteBody(f"the body ended after {self._size} of {expected} bytes")
         return spool
-
-
-class _TemporaryFile(io.BufferedRandom):
-    """A real file, since ``SpooledTemporaryFile`` is not a full stream before Python 3.11.
-
-    Nobody can tell when the application has read its last byte, so it is closed when
-    the last reference goes, without the ResourceWarning of a forgotten file.
-    """
-
-    @classmethod
-    def holding(cls, start: io.BytesIO) -> _TemporaryFile:
-        with tempfile.TemporaryFile(buffering=0) as named:
-            file = cls(_Descriptor(os.dup(named.fileno()), "r+"))
-        file.write(start.getbuffer())
-        return file
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class _Descriptor(io.FileIO):
-    """What is below the buffer. In a reference cycle (a traceback is one) it may be
-    finalized first, so it too has to close itself in silence."""
-
-    def __del__(self) -> None:
-        self.close()

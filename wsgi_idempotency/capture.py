@@ -19,6 +19,7 @@ from werkzeug.wsgi import FileWrapper
 from wsgi_idempotency.headers import sendable
 from wsgi_idempotency.operation import Operation
 from wsgi_idempotency.records import StoredResponse
+from wsgi_idempotency.spool import Spool
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -29,6 +30,8 @@ logger = logging.getLogger("wsgi_idempotency")
 TOO_LARGE = "the response was larger than max_response_bytes"
 STREAMED = "the response was an event stream"
 
+_CHUNK = 64 * 1024  # bytes; one piece of an answer that was spooled
+
 Headers = list[tuple[str, str]]
 
 
@@ -36,13 +39,26 @@ class InvalidApplication(AssertionError):
     """Raised when an application breaks PEP 3333 in a way that no server could send."""
 
 
+class EventStream(Exception):
+    """Raised when an answer that never ends was to be held back in full."""
+
+
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """An answer held back in full; nothing of it has been sent."""
+    """An answer held back in full; nothing of it has been sent.
+
+    :param body: its bytes; none where they were spooled.
+    :param spool: the file that has them, because they are more than the limit.
+    """
 
     status: str
     headers: Headers
     body: bytes
+    spool: Spool | None = None
+
+    def pieces(self) -> Iterable[bytes]:
+        """What the server has to send."""
+        return [self.body] if self.spool is None else FileWrapper(self.spool, _CHUNK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +75,13 @@ class Dropped:
 class Capture:
     """One run of an application.
 
-    :param limit: the largest body held back, in bytes.
+    :param limit: the largest body held back in memory, in bytes.
     :param start_response: the server's.
     :param operation: what ``running`` is set to while the application runs.
     :param before_first_byte: called with the status line, the headers and why it can't
         be replayed, before the first byte of an answer that is not held back goes out;
-        False drops the answer.
-    :param after_last_byte: called once when such an answer is over.
+        False drops the answer. None holds every answer back, a larger one in a file.
+    :param after_last_byte: called once when an answer that was not held back is over.
     """
 
     def __init__(
@@ -75,10 +91,11 @@ class Capture:
         start_response: StartResponse,
         operation: Operation,
         running: ContextVar[Operation],
-        before_first_byte: Callable[[str, Headers, str], bool],
-        after_last_byte: Callable[[], None],
+        before_first_byte: Callable[[str, Headers, str], bool] | None = None,
+        after_last_byte: Callable[[], None] = lambda: None,
     ) -> None:
         self._limit = limit
+        self._spool: Spool | None = None
         self._server_start_response = start_response
         self._operation = operation
         self._running = running
@@ -128,7 +145,9 @@ class Capture:
         if self.passing:
             return Passing(_Rest(self, chunks))
         assert self._status is not None
-        return Whole(self._status, self._headers, b"".join(self._held))
+        if self._spool is not None:
+            self._spool.seek(0)
+        return Whole(self._status, self._headers, b"".join(self._take_held()), self._spool)
 
     def rest(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """What the server has still to send of a passing answer."""
@@ -178,6 +197,7 @@ class Capture:
             raise InvalidApplication(f"the status is {status!r}, not a text like '200 OK'")
         # On a restart nothing is out yet: the new answer replaces what was begun.
         self._held.clear()
+        self._spool = None
         self._size = 0
         self._status = status
         self._headers = list(headers)
@@ -203,11 +223,20 @@ class Capture:
         reason = self._reason_to_pass()
         if reason is None:
             return
-        if self._before_first_byte(status, self._headers, reason):
+        if self._before_first_byte is None:
+            self._hold_in_file(reason)
+        elif self._before_first_byte(status, self._headers, reason):
             self._server_write = self._server_start_response(status, self._headers)
             self.passing = True
         else:
             self._dropped = True
+
+    def _hold_in_file(self, reason: str) -> None:
+        if reason is STREAMED:
+            raise EventStream(STREAMED)
+        if self._spool is None:
+            self._spool = Spool.new()
+        self._spool.writelines(self._take_held())
 
     def _take_held(self) -> list[bytes]:
         held, self._held = self._held, []
@@ -219,17 +248,14 @@ class Capture:
         return self._status
 
     def _reason_to_pass(self) -> str | None:
-        if self._size > self._limit:
-            return TOO_LARGE
-        if len(self._held) > 1:
-            return None  # the headers were looked at with the first chunk
-        for name, value in filter(sendable, self._headers):
-            name = name.lower()
-            if name == "content-type" and _media_type(value) == "text/event-stream":
-                return STREAMED
-            if name == "content-length" and value.isdecimal() and int(value) > self._limit:
-                return TOO_LARGE
-        return None
+        if len(self._held) == 1:  # with the first chunk
+            for name, value in filter(sendable, self._headers):
+                name = name.lower()
+                if name == "content-type" and _media_type(value) == "text/event-stream":
+                    return STREAMED
+                if name == "content-length" and value.isdecimal() and int(value) > self._limit:
+                    return TOO_LARGE
+        return TOO_LARGE if self._size > self._limit else None
 
 
 def _media_type(value: str) -> str:

@@ -53,3 +53,24 @@ class NotStorable(StoreError):
 
 class CorruptRecord(StoreError):
     """Raised when a stored response can't be decoded; the operation still counts as done."""
+
+
+class TransactionError(StoreError):
+    """Raised when a transaction that holds a key could not be committed; the base of the
+    errors that say why."""
+
+
+class TransactionConflict(TransactionError):
+    """Raised when a serialization failure or a deadlock undid a transaction: try it again."""
+
+
+class TransactionFailed(TransactionError):
+    """Raised when a transaction can't be committed because of what was done with it."""
+
+
+class CommitUnknown(TransactionError):
+    """Raised when the answer to a COMMIT was lost and can't be found out."""
+
+
+class NoTransaction(IdempotencyError, RuntimeError):
+    """Raised when a handler asks for its transaction and its policy has none."""

@@ -1,8 +1,8 @@
 """The way of one request, top to bottom.
 
 ``__call__`` lets pass what no policy covers. ``_Request.answer`` finds the key, whose it
-is, the body and the claim; ``_Execution.run`` runs the handler under the claim. Every
-rule they apply is a function of another file.
+is, the body and the claim; ``_Execution.run`` runs the handler under the claim, and
+``_Transacted.run`` in a transaction. Every rule they apply is a function of another file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 from urllib.parse import urlsplit
 
 from werkzeug.exceptions import HTTPException
@@ -24,11 +24,20 @@ from werkzeug.routing import Map, RequestRedirect, Rule
 
 from wsgi_idempotency import fingerprint, key, problems, protocol, scope
 from wsgi_idempotency.body import Body
-from wsgi_idempotency.capture import Capture, Headers, Passing, Whole, play
+from wsgi_idempotency.capture import (
+    TOO_LARGE,
+    Capture,
+    EventStream,
+    Headers,
+    Passing,
+    Whole,
+    play,
+)
 from wsgi_idempotency.errors import (
     AnswerLost,
     BodyError,
     BodyTooLarge,
+    CommitUnknown,
     ConfigurationError,
     IncompleteBody,
     InvalidKey,
@@ -36,6 +45,8 @@ from wsgi_idempotency.errors import (
     NotStorable,
     StoreError,
     StoreUnavailable,
+    TransactionConflict,
+    TransactionFailed,
 )
 from wsgi_idempotency.events import Event, Observer, Observers
 from wsgi_idempotency.headers import replayable, sendable, unsendable
@@ -46,13 +57,14 @@ from wsgi_idempotency.problems import Problem, Renderer, problem
 from wsgi_idempotency.protocol import Action, Outcome
 from wsgi_idempotency.records import Claim, Claimed, Completion, Record
 from wsgi_idempotency.stores import open_store
+from wsgi_idempotency.stores.base import TransactionalStore
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from sqlalchemy import Engine
 
-    from wsgi_idempotency.stores.base import Store
+    from wsgi_idempotency.stores.base import Store, Transaction
 
 logger = logging.getLogger("wsgi_idempotency")
 
@@ -127,6 +139,14 @@ class IdempotencyMiddleware:
         self._routes = [(_matcher(route), route.policy) for route in routes]
         policies = [policy, *(route.policy for route in routes)]
         self._methods = frozenset().union(*(p.methods for p in policies if p is not None))
+        self._unjoined: set[int] = set()
+        if any(p.transaction for p in policies if p is not None) and not isinstance(
+            self.store, TransactionalStore
+        ):
+            raise ConfigurationError(
+                f"transaction=True needs a store whose transactions an application can join;"
+                f" {type(self.store).__name__} is none, use PostgreSQL or SQLite"
+            )
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         policy = self._policy_of(environ)
@@ -146,6 +166,18 @@ class IdempotencyMiddleware:
         matching = (policy for matches, policy in self._routes if matches(environ))
         policy = next(matching, self.policy)
         return policy if policy is not None and method in policy.methods else None
+
+    def warn_unjoined(self, policy: Policy, operation: Operation) -> None:
+        """Once for each policy: an application that never asks for the connection can't have
+        written in the transaction."""
+        if id(policy) not in self._unjoined:
+            self._unjoined.add(id(policy))
+            logger.warning(
+                "%r was committed, and its handler never asked for current_operation.connection:"
+                " what it wrote elsewhere is not in the transaction. Join it, or leave"
+                " transaction=True out of its policy",
+                operation,
+            )
 
     def _lost(self, operation: Operation) -> None:
         logger.warning(
@@ -182,13 +214,17 @@ class _Request:
         self._digest = ""
 
     def answer(self) -> Iterable[bytes]:
+        transaction: Transaction | None = None
         try:
             found = self._find_key()
             if found is not None:
                 whose = self._find_scope()
                 self._extract("body", self.body.read)
                 claim = self._make_claim(found, whose)
-                claim, standing = self._obtain(claim)
+                if self.policy.transaction:
+                    claim, standing, transaction = self._enter(claim)
+                else:
+                    claim, standing = self._obtain(claim)
         except _Refused as refused:
             return self._refuse(refused)
         except Exception as exc:
@@ -203,7 +239,10 @@ class _Request:
             scope=whose,
             attempt=standing.attempt,
             secret=self.middleware.secret,
+            transaction=transaction,
         )
+        if transaction is not None:
+            return _Transacted(self, operation, transaction).run()
         return _Execution(self, claim, operation).run()
 
     # ------------------------------------------------------------ what the request says
@@ -301,14 +340,7 @@ class _Request:
                 if isinstance(decision, protocol.Replay):
                     return claim, decision
                 if isinstance(decision, protocol.TakeOver):
-                    if not answer.expired:
-                        # One operation keeps one fingerprint, and with it the keys it derives,
-                        # also when the policy's algorithm has changed since.
-                        claim = replace(
-                            claim,
-                            fingerprint=answer.fingerprint,
-                            fingerprint_version=answer.fingerprint_version,
-                        )
+                    claim = _succeeding(claim, answer)
                     with self._undoing(claim, store.release):
                         taken = store.take_over(claim, decision.seen)
                         if taken is not None:
@@ -320,6 +352,60 @@ class _Request:
             wait.over()
             if wait.seconds is not None:
                 self.tell("waited", seconds=wait.seconds)
+
+    def _enter(self, claim: Claim) -> tuple[Claim, Claimed | protocol.Replay, Transaction | None]:
+        """As :meth:`_obtain`, with the transaction in which the operation is to run."""
+        store = cast("TransactionalStore", self.middleware.store)
+        wait = _Wait(self.middleware.waiting, self.policy.wait_seconds)
+        patience = 0.0
+        try:
+            while True:
+                transaction = store.begin(
+                    claim, isolation_level=self.policy.isolation_level, wait=patience
+                )
+                if transaction is None:
+                    patience = wait.left()
+                    if not patience:
+                        raise self._refusal(protocol.InFlight(age=0.0, lease_left=0.0))
+                    continue
+                standing: Claimed | protocol.Replay | None = None
+                try:
+                    claim, standing = self._stand(transaction, claim, wait)
+                finally:
+                    if not isinstance(standing, Claimed):
+                        transaction.rollback()
+                if isinstance(standing, Claimed):
+                    return claim, standing, transaction
+                if standing is not None:
+                    return claim, standing, None
+        finally:
+            wait.over()
+            if wait.seconds is not None:
+                self.tell("waited", seconds=wait.seconds)
+
+    def _stand(
+        self, transaction: Transaction, claim: Claim, wait: _Wait
+    ) -> tuple[Claim, Claimed | protocol.Replay | None]:
+        """What there is for the request in a transaction that has begun; None to begin again.
+
+        :raises _Refused: nothing.
+        """
+        if transaction.claimed is not None:
+            return claim, transaction.claimed
+        seen = cast("Record", transaction.seen)
+        decision = protocol.decide(seen, self._fingerprint_like(seen, claim))
+        if isinstance(decision, protocol.Replay):
+            return claim, decision
+        if isinstance(decision, protocol.TakeOver):
+            claim = _succeeding(claim, seen)
+            taken = transaction.take_over(claim, seen)
+            if taken is not None:
+                self.tell("taken_over", attempt=taken.attempt)
+            return claim, taken
+        # In flight is what another policy claimed, with a lease.
+        if isinstance(decision, protocol.InFlight) and wait.a_little():
+            return claim, None
+        raise self._refusal(decision)
 
     @contextmanager
     def _undoing(self, claim: Claim, undo: Callable[[bytes, bytes], bool]) -> Iterator[None]:
@@ -379,6 +465,9 @@ class _Request:
         marked = _adding(self.start_response, [("Idempotency-Status", "unprotected")])
         return self.middleware.app(self.environ, marked)
 
+    def refuse(self, code: str, *, retry_after: int | None = None) -> Iterable[bytes]:
+        return self._refuse(_Refused(problem(code, retry_after=retry_after)))
+
     def _refuse(self, refused: _Refused) -> Iterable[bytes]:
         told = refused.problem
         self.tell(refused.event, code=told.code, exception=refused.__cause__)
@@ -411,7 +500,25 @@ class _Request:
 
     def respond(self, whole: Whole) -> Iterable[bytes]:
         self.start_response(whole.status, whole.headers)
-        return [whole.body]
+        return whole.pieces()
+
+    # ------------------------------------------------------------ what becomes of it
+
+    def action(self, outcome: Outcome, operation: Operation) -> Action:
+        try:
+            return protocol.settle(outcome, self.policy.outcomes, operation.overrule)
+        except Exception:
+            logger.exception("outcomes failed on %r: it is stored, or held", outcome)
+            return protocol.settle(outcome, protocol.store_everything, operation.overrule)
+
+    def completion(
+        self, status: str, headers: Headers, body: bytes, reason: str | None
+    ) -> Completion:
+        """What is kept of an answer; its body only if no reason speaks against it."""
+        kept = replayable((pair for pair in headers if sendable(pair)), self.policy.replay_headers)
+        if unsendable(status, ()):
+            status = status[:3]
+        return Completion(status, kept, None if reason else body, reason)
 
     def _shown(self) -> str:
         """What was asked for, as it may stand in a log."""
@@ -514,10 +621,7 @@ class _Execution:
         if action is not Action.STORE:
             self._end(action)
             return True
-        reason = unsendable(whole.status, whole.headers)
-        if reason is None and status in protocol.OF_ONE_RANGE:
-            reason = protocol.ONE_RANGE
-        return self._record(whole.status, whole.headers, whole.body, reason)
+        return self._record(whole.status, whole.headers, whole.body, _not_replayable(whole))
 
     def _before_first_byte(self, status: str, headers: Headers, reason: str) -> bool:
         """An answer that can't be held back: done is done, before its first byte is out.
@@ -536,20 +640,10 @@ class _Execution:
             self._end(self._at_the_end)
 
     def _action(self, outcome: Outcome) -> Action:
-        overrule = self._operation.overrule
-        try:
-            return protocol.settle(outcome, self._request.policy.outcomes, overrule)
-        except Exception:
-            logger.exception("outcomes failed on %r: it is stored, or held", outcome)
-            return protocol.settle(outcome, protocol.store_everything, overrule)
+        return self._request.action(outcome, self._operation)
 
     def _record(self, status: str, headers: Headers, body: bytes, reason: str | None) -> bool:
-        kept = replayable(
-            (pair for pair in headers if sendable(pair)), self._request.policy.replay_headers
-        )
-        if unsendable(status, ()):
-            status = status[:3]
-        completion = Completion(status, kept, None if reason else body, reason)
+        completion = self._request.completion(status, headers, body, reason)
         digest, token = self._claim.digest, self._claim.token
 
         def complete() -> bool:
@@ -600,6 +694,99 @@ class _Execution:
         return kept
 
 
+class _Transacted:
+    """One run of the handler in a transaction: what it wrote and its answer are committed
+    together, or neither, and only then is it answered."""
+
+    def __init__(self, request: _Request, operation: Operation, transaction: Transaction) -> None:
+        self._request = request
+        self._operation = operation
+        self._transaction = transaction
+        self._started = time.monotonic()
+        self._pid = os.getpid()
+
+    def run(self) -> Iterable[bytes]:
+        request = self._request
+        request.environ[ENVIRON_KEY] = self._operation
+        request.body.hand_on()
+        capture = Capture(
+            limit=request.policy.max_response_bytes,
+            start_response=request.start_response,
+            operation=self._operation,
+            running=running,
+        )
+        try:
+            answer = capture.run(request.middleware.app, request.environ)
+            assert isinstance(answer, Whole)
+            return self._settle(answer)
+        except BaseException as exc:
+            if self._operation.ended:
+                raise
+            conflict = isinstance(exc, Exception) and self._transaction.conflicted(exc)
+            self._undo()
+            if conflict:
+                return self._conflict()
+            if isinstance(exc, (EventStream, TransactionFailed)):
+                return self._failed(exc)
+            raise
+
+    def _settle(self, whole: Whole) -> Iterable[bytes]:
+        if os.getpid() != self._pid:
+            return self._request.respond(whole)  # forked; the transaction is the parent's
+        status = int(whole.status[:3])
+        if self._request.action(Outcome(status=status), self._operation) is not Action.STORE:
+            conflict = status >= 500 and self._transaction.conflicted(None)
+            self._undo()
+            return self._conflict() if conflict else self._request.respond(whole)
+        completion = self._request.completion(
+            whole.status, whole.headers, whole.body, _not_replayable(whole)
+        )
+        self._operation.ended = True
+        try:
+            self._transaction.complete(completion)
+        except TransactionConflict:
+            return self._conflict()
+        except TransactionFailed as exc:
+            return self._failed(exc)
+        except StoreError as exc:
+            return self._lost(exc)
+        self._tell(Action.STORE)
+        if not self._operation.joined:
+            self._request.middleware.warn_unjoined(self._request.policy, self._operation)
+        return self._request.respond(whole)
+
+    def _undo(self) -> None:
+        """Whatever the policy says of it, nothing happened: the key is fresh."""
+        if os.getpid() != self._pid:
+            return
+        self._operation.ended = True
+        self._transaction.rollback()
+        self._tell(Action.FORGET)
+
+    def _tell(self, action: Action) -> None:
+        seconds = time.monotonic() - self._started
+        attempt = self._operation.attempt
+        self._request.tell("executed", attempt=attempt, action=action.value, seconds=seconds)
+
+    # ------------------------------------------------------------ answers of our own
+
+    def _conflict(self) -> Iterable[bytes]:
+        logger.warning("%r collided with another transaction and was undone", self._operation)
+        return self._request.refuse("TRANSACTION_CONFLICT", retry_after=1)
+
+    def _failed(self, exc: Exception) -> Iterable[bytes]:
+        logger.error("the transaction of %r was undone: %s", self._operation, exc)
+        return self._request.refuse("TRANSACTION_FAILED")
+
+    def _lost(self, exc: StoreError) -> Iterable[bytes]:
+        logger.error("the transaction of %r was lost: %s", self._operation, exc)
+        self._request.tell("store_failure", exception=exc, attempt=self._operation.attempt)
+        unknown = isinstance(exc, CommitUnknown)
+        return self._request.refuse(
+            "COMMIT_UNKNOWN" if unknown else "STORE_UNAVAILABLE", retry_after=1
+        )
+
+
 class _Wait:
     """A duplicate's patience: bounded in time, and in how many have any at once."""
 
@@ -613,17 +800,19 @@ class _Wait:
         """How long it has waited, or None."""
         return None if self._started is None else time.monotonic() - self._started
 
-    def a_little(self) -> bool:
-        """Sleep until the next look; False when there is nothing to wait for any more."""
+    def left(self) -> float:
+        """Take a place, and say how many seconds are left; 0 when there is none to be had."""
         if self._started is None:
             if not self._patience or self._places is None or not self._places.acquire(False):
-                return False
+                return 0.0
             self._started = time.monotonic()
-        left = self._started + self._patience - time.monotonic()
-        if left <= 0:
-            return False
+        return max(0.0, self._started + self._patience - time.monotonic())
+
+    def a_little(self) -> bool:
+        """Sleep until the next look; False when there is nothing to wait for any more."""
+        left = self.left()
         time.sleep(min(_LOOK_EVERY, left))
-        return True
+        return left > 0
 
     def over(self) -> None:
         if self._started is not None and self._places is not None:
@@ -635,6 +824,26 @@ _BODY_CODES = {
     BodyTooLarge: "BODY_TOO_LARGE",
     IncompleteBody: "INCOMPLETE_BODY",
 }
+
+
+def _succeeding(claim: Claim, seen: Record) -> Claim:
+    """The claim of a take-over. One operation keeps one fingerprint, and with it the keys it
+    derives, also when the policy's algorithm has changed since."""
+    if seen.expired:
+        return claim
+    return replace(
+        claim, fingerprint=seen.fingerprint, fingerprint_version=seen.fingerprint_version
+    )
+
+
+def _not_replayable(whole: Whole) -> str | None:
+    """Why an answer that was held back can't be replayed, or None."""
+    reason = unsendable(whole.status, whole.headers)
+    if reason is None and int(whole.status[:3]) in protocol.OF_ONE_RANGE:
+        reason = protocol.ONE_RANGE
+    if reason is None and whole.spool is not None:
+        reason = TOO_LARGE
+    return reason
 
 
 def _should_retry(retry: bool) -> list[tuple[str, str]]:

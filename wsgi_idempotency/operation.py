@@ -6,11 +6,14 @@ import hashlib
 import hmac
 import uuid
 from contextvars import ContextVar
+from typing import Any
 
 from werkzeug.local import LocalProxy
 
+from wsgi_idempotency.errors import NoTransaction
 from wsgi_idempotency.protocol import Action
 from wsgi_idempotency.records import Claim
+from wsgi_idempotency.stores.base import Transaction
 
 ENVIRON_KEY = "wsgi_idempotency.operation"
 
@@ -22,10 +25,20 @@ class Operation:
     """
 
     def __init__(
-        self, claim: Claim, *, key: str, scope: str, attempt: int, secret: bytes | None
+        self,
+        claim: Claim,
+        *,
+        key: str,
+        scope: str,
+        attempt: int,
+        secret: bytes | None,
+        transaction: Transaction | None = None,
     ) -> None:
         self._claim = claim
         self._secret = secret
+        self._transaction = transaction
+        #: The application has asked for the transaction's connection.
+        self.joined = False
         #: The idempotency key, unescaped.
         self.key = key
         #: Whose key it is, as the scope callable said.
@@ -42,6 +55,25 @@ class Operation:
 
     def __repr__(self) -> str:
         return f"<Operation {self._claim.digest.hex()} attempt {self.attempt}>"
+
+    @property
+    def connection(self) -> Any:
+        """The connection whose transaction commits what is written on it together with the
+        response: a :class:`sqlalchemy.Connection`, for ``Policy(transaction=True)``.
+
+        Join it with ``Session(bind=operation.connection,
+        join_transaction_mode="create_savepoint")``, whose commit() and rollback() then work
+        as ever; the driver's own is ``connection.connection.driver_connection``.
+
+        :raises NoTransaction: the policy has no transaction.
+        """
+        if self._transaction is None:
+            raise NoTransaction(
+                "this operation has no transaction: give its policy transaction=True, or write"
+                " on a connection of your own"
+            )
+        self.joined = True
+        return self._transaction.connection
 
     def derive_key(self, name: str) -> str:
         """A key for a call to another system: the same on every attempt at this operation,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from wsgi_idempotency.errors import ConfigurationError
 from wsgi_idempotency.fingerprint import exact
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Seconds = float | timedelta
 KeyCallable = Callable[["WSGIEnvironment", bytes], "str | None"]
 FingerprintCallable = Callable[["WSGIEnvironment", bytes], bytes]
+
+IsolationLevel = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
+ISOLATION_LEVELS = get_args(IsolationLevel)
 
 _LONGEST = 100 * 365 * 86400.0  # seconds; a century
 
@@ -46,8 +49,12 @@ class Policy:
     :param lease: how long a claim outlives its last heartbeat.
     :param wait: how long a duplicate waits for the one in flight.
     :param outcomes: what becomes of an operation, ``(Outcome) -> Action``.
-    :param transaction: reserved for exactly-once with the application's own writes; this
-        release refuses True.
+    :param transaction: exactly once, with the application's own writes: what it writes on
+        ``current_operation.connection`` and the response are committed together. There is
+        no lease and no lapse, and any outcome but STORE rolls everything back.
+    :param isolation_level: of that transaction: ``"READ COMMITTED"``, ``"REPEATABLE READ"``
+        or ``"SERIALIZABLE"`` (PostgreSQL documentation, 13.2); None for the database's
+        default.
     :param max_request_bytes: a larger request body is refused with 413.
     :param max_response_bytes: a larger response is sent in full and remembered as done
         but not replayable.
@@ -69,6 +76,7 @@ class Policy:
     wait: Seconds = 0.0  # seconds; a waiting duplicate occupies a worker
     outcomes: Outcomes = store_success
     transaction: bool = False
+    isolation_level: IsolationLevel | None = None
     max_request_bytes: int = 16 * 1024 * 1024
     max_response_bytes: int = 4 * 1024 * 1024
     replay_headers: Collection[str] = ()
@@ -107,10 +115,19 @@ class Policy:
             raise ConfigurationError(
                 f'on_store_failure is {self.on_store_failure!r}; use "refuse" or "bypass"'
             )
-        if self.transaction:
+        if self.isolation_level is not None and self.isolation_level not in ISOLATION_LEVELS:
             raise ConfigurationError(
-                "transaction=True is not in this release; leave it out and let the lease protect"
-                " the operation"
+                f"isolation_level is {self.isolation_level!r}; use one of"
+                f" {', '.join(ISOLATION_LEVELS)}"
+            )
+        if self.isolation_level is not None and not self.transaction:
+            raise ConfigurationError(
+                "isolation_level is the transaction's; give transaction=True with it"
+            )
+        if self.transaction and self.on_store_failure == "bypass":
+            raise ConfigurationError(
+                'on_store_failure="bypass" would run the application without the transaction it'
+                ' writes in; use "refuse" with transaction=True'
             )
         for name, least in (
             ("max_key_length", 1),

@@ -134,6 +134,26 @@ _KINDS = {
         " later with the same idempotency key.",
         retryable=True,
     ),
+    "TRANSACTION_CONFLICT": _Kind(
+        503,
+        "Transaction conflict",
+        "The request collided with another one and was undone: nothing happened. Send it again"
+        " with the same idempotency key.",
+        retryable=True,
+    ),
+    "TRANSACTION_FAILED": _Kind(
+        500,
+        "Transaction failed",
+        "The request could not be completed and was undone: nothing happened. The service's"
+        " operator has been told; sending it again will not help until it is fixed.",
+    ),
+    "COMMIT_UNKNOWN": _Kind(
+        503,
+        "Commit unknown",
+        "It is not known yet whether the request took effect. Send it again with the same"
+        " idempotency key: it takes effect once at most, and you get its response.",
+        retryable=True,
+    ),
 }
 
 #: The code of every problem there is.

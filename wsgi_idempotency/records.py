@@ -131,6 +131,11 @@ class Record:
     not_replayable: str | None = None
 
     @property
+    def done(self) -> bool:
+        """Whether the operation is completed, and remembered still."""
+        return self.state is State.COMPLETED and not self.past_retention
+
+    @property
     def expired(self) -> bool:
         """Whether the row counts as absent. One in flight or held never does."""
         if not self.past_retention:

@@ -7,7 +7,7 @@ passes it may be handed to :class:`~wsgi_idempotency.IdempotencyMiddleware`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from wsgi_idempotency.records import Claim, Claimed, Completion, Record
 
@@ -109,3 +109,80 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Give back connections and threads. The store may be used again afterwards."""
+
+
+class Transaction(Protocol):
+    """A transaction of the store's database, in which the application writes too.
+
+    While it is open nobody else claims its key: the key's lock is the transaction's, and
+    ends with it, however it ends. It belongs to one request, and to the thread that runs it.
+    """
+
+    #: Granted if the key was free; None where ``seen`` stands in the way.
+    claimed: Claimed | None
+
+    #: The row that stands under the key, or None.
+    seen: Record | None
+
+    @property
+    def connection(self) -> Any:
+        """What the application joins with: of :class:`~wsgi_idempotency.SQLStore` a
+        :class:`sqlalchemy.Connection`."""
+
+    def take_over(self, claim: Claim, seen: Record) -> Claimed | None:
+        """Claim, within the transaction, a key whose row is free; as
+        :meth:`Store.take_over`. None when the row has changed: roll back and begin again.
+
+        :raises TransactionConflict: another transaction changed it; nothing happened.
+        :raises StoreUnavailable: the store can't be reached; nothing happened.
+        """
+
+    def complete(self, completion: Completion) -> None:
+        """Record the response and commit it together with what the application wrote.
+
+        The transaction is over afterwards, whatever this raises.
+
+        :raises TransactionConflict: a serialization failure or deadlock; nothing happened.
+        :raises TransactionFailed: it can't be committed, because of what the application
+            did with it (an error it ignored, its own rollback, a deferred constraint) or
+            because the response can't be stored; nothing happened.
+        :raises CommitUnknown: the answer to COMMIT was lost, and whether it took effect
+            could not be found out in time.
+        :raises StoreUnavailable: the store can't be reached; nothing happened.
+        """
+
+    def rollback(self) -> None:
+        """Undo everything, and free the key. Raises nothing: a transaction whose connection
+        is lost is rolled back by the store itself."""
+
+    def conflicted(self, exc: BaseException | None) -> bool:
+        """Whether a serialization failure or a deadlock has spoilt the transaction.
+
+        :param exc: what the application raised, or None.
+        """
+
+
+@runtime_checkable
+class TransactionalStore(Store, Protocol):
+    """The optional ability to record a response in the application's own transaction.
+
+    Needed for ``Policy(transaction=True)``: exactly once, for what the application writes
+    through the transaction's connection.
+    """
+
+    def begin(
+        self, claim: Claim, *, isolation_level: str | None = None, wait: float = 0.0
+    ) -> Transaction | None:
+        """Begin a transaction, lock the key, and claim it or fetch its row.
+
+        Of all calls for one digest at most one at a time has a transaction in which it
+        may claim. A row that another transaction committed before this one got the lock
+        is seen, whatever the isolation level.
+
+        :param isolation_level: ``"READ COMMITTED"``, ``"REPEATABLE READ"`` or
+            ``"SERIALIZABLE"``; None for the database's default.
+        :param wait: seconds to wait at most for the transaction that has the key.
+        :returns: None when another transaction still has the key after the wait.
+        :raises StoreUnavailable: the store can't be reached, or has no connection free;
+            nothing was claimed.
+        """

@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -36,6 +37,8 @@ from wsgi_idempotency.errors import (
     SchemaError,
     StoreError,
     StoreUnavailable,
+    TransactionConflict,
+    TransactionFailed,
 )
 from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State
 from wsgi_idempotency.stores.tables import (
@@ -48,6 +51,8 @@ from wsgi_idempotency.stores.tables import (
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import PoolProxiedConnection
+
+    from wsgi_idempotency.stores.transactions import SQLTransaction
 
 logger = logging.getLogger("wsgi_idempotency")
 
@@ -97,6 +102,43 @@ WITH seen AS (
 SELECT won.attempt, seen.*
 FROM (SELECT 1) AS one LEFT JOIN won ON true LEFT JOIN seen ON true"""
 
+# The same within a transaction (transaction mode), and in the same round trip the key's
+# lock, which is the transaction's: whoever finds it taken doesn't insert, so nobody waits
+# in the primary key for a whole handler. This statement's snapshot is older than the lock.
+# A row that was committed in between is not seen, and keeps ours from being inserted; the
+# caller then asks again, holding the lock. Under REPEATABLE READ the insert fails with
+# 40001 instead, since the transaction would never see that row. Index: pk_idempotency_keys.
+_PG_ENTER = f"""
+WITH lock AS MATERIALIZED (
+    SELECT pg_try_advisory_xact_lock(%(lock)s) AS mine
+), seen AS (
+    SELECT {_PG_RECORD} FROM idempotency_keys WHERE key_digest = %(digest)s
+), won AS (
+    INSERT INTO idempotency_keys (
+        created_at, lease_until, expires_at, attempt, fingerprint_version, key_digest,
+        claim_token, fingerprint, state, lapse, scope, idempotency_key, method, path)
+    SELECT
+        now(), now() + make_interval(secs => %(lease)s),
+        now() + make_interval(secs => %(retention)s), 1, %(fingerprint_version)s::smallint,
+        %(digest)s, %(token)s, %(fingerprint)s, 'claimed', %(lapse)s, %(scope)s, %(key)s,
+        %(method)s, %(path)s
+    FROM lock WHERE lock.mine AND NOT EXISTS (SELECT FROM seen)
+    ON CONFLICT (key_digest) DO NOTHING
+    RETURNING attempt
+)
+SELECT lock.mine, won.attempt, seen.*
+FROM lock LEFT JOIN won ON true LEFT JOIN seen ON true"""
+
+# To wait for whoever has the key is to wait for its lock: one wakes the moment the other
+# transaction ends. lock_timeout counts for advisory locks too (PostgreSQL documentation,
+# 20.11.1); it is set for the transaction alone, so that no pooler hands it on.
+_PG_PATIENCE = "SELECT set_config('lock_timeout', %(setting)s, true)"
+_PG_AWAIT = "SELECT pg_advisory_xact_lock(%(lock)s)"
+
+# Whether the transaction that had the key's lock is over; given back at once. Asked in
+# autocommit, when the answer to a COMMIT was lost.
+_PG_OVER = "SELECT pg_try_advisory_xact_lock(%(lock)s)"
+
 # A compare-and-swap. Two that take over at once: the second waits for the first's row
 # lock, re-reads the row (READ COMMITTED, PostgreSQL documentation 13.2.1) and finds
 # another token. The conditions are repeated here because a heartbeat may have renewed
@@ -123,10 +165,11 @@ _PG_LOOKUP = f"SELECT {_PG_RECORD} FROM idempotency_keys WHERE key_digest = %(di
 # The token is the fence: whoever lost the claim finds no row. 'held' is there for a worker
 # that was only slow: until somebody has resolved its row, it knows best. 'completed' is
 # there so that asking again after a lost answer finds its own work done. No indexed column
-# changes, so the update can stay heap-only. Index: pk_idempotency_keys.
+# changes, so the update can stay heap-only. In transaction mode now() would be when the
+# transaction began. Index: pk_idempotency_keys.
 _PG_COMPLETE = """
 UPDATE idempotency_keys SET
-    state = 'completed', completed_at = now(), response_status = %(status)s,
+    state = 'completed', completed_at = clock_timestamp(), response_status = %(status)s,
     response_headers = %(headers)s, response_body = %(body)s, not_replayable = %(reason)s
 WHERE key_digest = %(digest)s AND claim_token = %(token)s
   AND state IN ('claimed', 'held', 'completed')"""
@@ -267,7 +310,7 @@ class _PostgreSQL:
             try:
                 row = run(_PG_CLAIM, _claim_params(claim)).fetchone()
             except Exception as exc:
-                if _sqlstate(exc) in _SERIALIZATION:
+                if sqlstate_of(exc) in SERIALIZATION:
                     continue
                 raise
             if row[0] is not None:
@@ -276,11 +319,62 @@ class _PostgreSQL:
                 return _own_or_record(_record(row[1:]), claim)
         raise StoreUnavailable(f"no stable answer to a claim after {_LOOKS} looks")
 
+    def ready(self, driver: Any, isolation_level: str | None, seconds: float) -> None:
+        """Make a connection begin transactions by itself, at a level; attributes of
+        psycopg's, no round trips."""
+        from psycopg import IsolationLevel
+
+        level = None
+        if isolation_level is not None:
+            level = IsolationLevel[isolation_level.replace(" ", "_")]
+        if driver.isolation_level != level:
+            driver.isolation_level = level
+        if driver.autocommit:
+            driver.autocommit = False
+
+    def over(self, run: _Run, digest: bytes) -> bool:
+        return bool(run(_PG_OVER, {"lock": _lock_of(digest)}).fetchone()[0])
+
+    def enter(self, driver: Any, claim: Claim, wait: float) -> Claimed | Record | None:
+        """Within a transaction: lock the key, and claim it or fetch its row; None when
+        another transaction has it."""
+        run = self.runner(driver)
+        params = _claim_params(claim) | {"lock": _lock_of(claim.digest)}
+        with _one_trip(driver):
+            cursor = run(_PG_ENTER, params)  # and the BEGIN before it
+        for _ in range(_LOOKS):
+            mine, attempt, *seen = cursor.fetchone()
+            if attempt is not None:
+                return Claimed(attempt=attempt)
+            record = _record(tuple(seen)) if seen[0] is not None else None
+            # One that is done is done whoever has the lock; others may be about to change.
+            if record is not None and (mine or record.done):
+                return record
+            if not mine and not self._await(driver, run, params, wait):
+                return None
+            cursor = run(_PG_ENTER, params)
+        raise StoreUnavailable(f"no stable answer to a claim after {_LOOKS} looks")
+
+    def _await(self, driver: Any, run: _Run, params: dict[str, Any], wait: float) -> bool:
+        if wait <= 0:
+            return False
+        try:
+            with _one_trip(driver):
+                before = run("SHOW lock_timeout", {})
+                run(_PG_PATIENCE, {"setting": f"{max(1, round(wait * 1000))}ms"})
+                run(_PG_AWAIT, params)
+        except Exception as exc:
+            if sqlstate_of(exc) == "55P03":  # lock_not_available
+                return False
+            raise
+        run(_PG_PATIENCE, {"setting": before.fetchone()[0]})
+        return True
+
     def take_over(self, run: _Run, claim: Claim, seen: Record) -> Claimed | None:
         try:
             row = run(_PG_TAKE_OVER, _claim_params(claim) | {"seen": seen.token}).fetchone()
         except Exception as exc:
-            if _sqlstate(exc) in _SERIALIZATION:
+            if sqlstate_of(exc) in SERIALIZATION:
                 return None
             raise
         return None if row is None else Claimed(attempt=row[0])
@@ -313,6 +407,26 @@ class _SQLite:
             if run(_LITE_INSERT, _claim_params(claim)).rowcount == 1:
                 return Claimed(attempt=1)
         raise StoreUnavailable(f"no stable answer to a claim after {_LOOKS} looks")
+
+    def ready(self, driver: Any, isolation_level: str | None, seconds: float) -> None:
+        """Leave BEGIN to us, and wait so long for the lock. Every transaction of SQLite's is
+        serializable, which is what any level asks for at the most."""
+        driver.isolation_level = None
+        driver.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
+
+    def over(self, run: _Run, digest: bytes) -> bool:
+        return True  # there is no server on which it could go on
+
+    def enter(self, driver: Any, claim: Claim, wait: float) -> Claimed | Record | None:
+        """Within a transaction: claim the key or fetch its row. SQLite has one writer at a
+        time, and the wait for it is the wait for the key."""
+        run = self.runner(driver)
+        run("BEGIN IMMEDIATE", {})
+        row = run(_LITE_LOOKUP, {"digest": claim.digest}).fetchone()
+        if row is not None:
+            return _record(tuple(row))
+        run(_LITE_INSERT, _claim_params(claim))
+        return Claimed(attempt=1)
 
     def take_over(self, run: _Run, claim: Claim, seen: Record) -> Claimed | None:
         params = _claim_params(claim) | {"seen": seen.token}
@@ -354,6 +468,10 @@ class SQLStore:
         statement, never while the application runs.
     :param prepare: use server-side prepared statements. Switch off behind a PgBouncer
         older than 1.21 in transaction mode, which doesn't carry them over.
+    :param max_transactions: requests in transaction mode that a process serves at most at
+        once; each has a connection of its own, besides ``pool_size``, while the application
+        runs. One more waits for ``timeout`` and is then refused. With an Engine its own
+        pool settings count.
     :raises ConfigurationError: the URL is not one of PostgreSQL or SQLite, or its driver
         is missing; the message says what would be right.
 
@@ -369,6 +487,7 @@ class SQLStore:
         timeout: float = 5.0,  # seconds
         pool_size: int = 5,  # connections
         prepare: bool = True,
+        max_transactions: int = 20,  # connections
     ) -> None:
         if isinstance(database, Engine):
             self.url = _usable(database)
@@ -380,14 +499,18 @@ class SQLStore:
             raise ConfigurationError(f"timeout is {timeout!r}; use seconds greater than 0")
         if pool_size < 1:
             raise ConfigurationError(f"pool_size is {pool_size!r}; use at least 1 connection")
+        if max_transactions < 1:
+            raise ConfigurationError(f"max_transactions is {max_transactions!r}; use at least 1")
         self._postgresql = self.url.get_backend_name() == "postgresql"
         self._sql: _PostgreSQL | _SQLite = _PostgreSQL(prepare) if self._postgresql else _SQLite()
         self._create = not self._postgresql if create is None else create
         self._timeout = timeout
         self._pool_size = pool_size
         self._prepare = prepare
+        self._max_transactions = max_transactions
         self._lock = threading.Lock()
         self._engine: Engine | None = None
+        self._transactions: Engine | None = None
         self._verified = False  # this process has seen a schema that will do
         _stores.add(self)
 
@@ -400,10 +523,26 @@ class SQLStore:
         with self._lock:
             if self._engine is None:
                 if self._given is None:
-                    self._engine = self._make_engine()
+                    self._engine = self._make_engine(
+                        isolation_level="AUTOCOMMIT",
+                        pool_size=self._pool_size,
+                        max_overflow=0,
+                        pool_reset_on_return=None,  # autocommit leaves nothing to roll back
+                    )
                 else:
-                    self._engine = _with_own_pool(self._given)
+                    self._engine = _with_own_pool(self._given).execution_options(
+                        isolation_level="AUTOCOMMIT"
+                    )
             return self._engine
+
+    @property
+    def transactions(self) -> Engine:
+        """The engine of transaction mode, made when it is first needed: applications hold
+        its connections for as long as they run, and :attr:`engine` must not run dry."""
+        with self._lock:
+            if self._transactions is None:
+                self._transactions = self._make_transactions()
+            return self._transactions
 
     # ------------------------------------------------------------------ the contract
 
@@ -418,17 +557,7 @@ class SQLStore:
         return None if row is None else _record(tuple(row))
 
     def complete(self, digest: bytes, token: bytes, completion: Completion) -> bool:
-        return self._one(
-            self._sql.COMPLETE,
-            {
-                "digest": digest,
-                "token": token,
-                "status": _storable(completion.status),
-                "headers": json.dumps(completion.headers, separators=(",", ":")),
-                "body": completion.body,
-                "reason": completion.not_replayable,
-            },
-        )
+        return self._one(self._sql.COMPLETE, completion_params(digest, token, completion))
 
     def release(self, digest: bytes, token: bytes) -> bool:
         return self._one(self._sql.RELEASE, {"digest": digest, "token": token})
@@ -455,9 +584,58 @@ class SQLStore:
 
     def close(self) -> None:
         with self._lock:
-            engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.dispose()
+            engines = self._engine, self._transactions
+            self._engine = self._transactions = None
+        for engine in engines:
+            if engine is not None:
+                engine.dispose()
+
+    # ------------------------------------------------------------------ transactions
+
+    def begin(
+        self, claim: Claim, *, isolation_level: str | None = None, wait: float = 0.0
+    ) -> SQLTransaction | None:
+        from wsgi_idempotency.stores.transactions import ConnectionLost, SQLTransaction
+
+        if not self._verified:
+            self._verify_schema()
+        deadline = time.monotonic() + wait
+        lost = False
+        for _ in range(_LOOKS):
+            connection = self._connect(isolation_level, wait)
+            transaction = SQLTransaction(self, connection, claim)
+            entered = False
+            try:
+                entered = transaction.enter(max(0.0, deadline - time.monotonic()))
+                return transaction if entered else None
+            except TransactionConflict:
+                continue  # its snapshot was older than the row in its way
+            except ConnectionLost as exc:
+                # One that was pooled may have died since, as in _attempt.
+                if lost or _timed_out(exc.__cause__):
+                    raise
+                lost = True
+                self.transactions.dispose()
+            except TransactionFailed as exc:
+                raise StoreUnavailable(str(exc)) from exc
+            finally:
+                if not entered:
+                    transaction.rollback()
+        raise StoreUnavailable(f"no stable answer to a claim after {_LOOKS} looks")
+
+    def _connect(self, isolation_level: str | None, wait: float) -> Connection:
+        try:
+            connection = self.transactions.connect()
+        except (SQLAlchemyError, self._driver_error) as exc:
+            reason = exc.orig if isinstance(exc, DBAPIError) else exc
+            raise StoreUnavailable(f"{self!r} can't be reached: {_first_line(reason)}") from exc
+        driver = connection.connection.driver_connection
+        self._sql.ready(driver, isolation_level, max(wait, self._timeout))
+        return connection
+
+    def _transaction_over(self, digest: bytes) -> bool:
+        """Whether no transaction has the key's lock any more."""
+        return self._call(lambda run: self._sql.over(run, digest))
 
     # ------------------------------------------------------------------ connections
 
@@ -534,18 +712,20 @@ class SQLStore:
         return self.engine.dialect.is_disconnect(exc, driver, None)  # type: ignore[arg-type]
 
     def _translate(self, exc: Exception) -> StoreError:
-        if _sqlstate(exc) in _NO_SCHEMA or str(exc).startswith(("no such table", "no such column")):
+        if sqlstate_of(exc) in _NO_SCHEMA or str(exc).startswith(
+            ("no such table", "no such column")
+        ):
             self._verified = False
             return SchemaError(self._upgrade_hint("The schema is missing or old"))
-        sqlstate = _sqlstate(exc) or "no SQLSTATE"
+        sqlstate = sqlstate_of(exc) or "no SQLSTATE"
         said = f"{self!r} refused: {_first_line(exc)} ({sqlstate})"
         if isinstance(exc, self.engine.dialect.loaded_dbapi.DataError) or sqlstate in _TOO_BIG:
             return NotStorable(said)
         return StoreUnavailable(said)
 
-    def _make_engine(self) -> Engine:
+    def _make_engine(self, **options: Any) -> Engine:
         if not self._postgresql:
-            engine = self._engine_with(connect_args={"timeout": self._timeout})
+            engine = self._engine_with(connect_args={"timeout": self._timeout}, **options)
             event.listen(engine, "connect", self._set_up_sqlite)
             return engine
         defaults: dict[str, Any] = {
@@ -558,20 +738,24 @@ class SQLStore:
             use_native_hstore=False,  # it would look the type up on every connection
             pool_use_lifo=True,  # lets idle connections beyond the need go quiet
             connect_args={k: v for k, v in defaults.items() if k not in self.url.query},
+            **options,
         )
         event.listen(engine, "do_connect", self._connect_bounded)
         return engine
 
     def _engine_with(self, **options: Any) -> Engine:
-        return create_engine(
-            self.url,
-            isolation_level="AUTOCOMMIT",
-            pool_size=self._pool_size,
-            max_overflow=0,
-            pool_timeout=self._timeout,
-            pool_reset_on_return=None,  # autocommit leaves nothing to roll back
-            **options,
-        )
+        return create_engine(self.url, pool_timeout=self._timeout, **options)
+
+    def _make_transactions(self) -> Engine:
+        from wsgi_idempotency.stores.transactions import watch
+
+        if self._given is None:
+            kept = min(self._pool_size, self._max_transactions)
+            engine = self._make_engine(pool_size=kept, max_overflow=self._max_transactions - kept)
+        else:
+            engine = _with_own_pool(self._given)
+        watch(engine)
+        return engine
 
     def _connect_bounded(
         self, dialect: object, record: object, args: list[Any], params: dict[str, Any]
@@ -601,13 +785,13 @@ class SQLStore:
         cursor.close()
 
     def _after_fork(self) -> None:
-        engine = self._engine
-        if engine is not None:
-            # Closing them would say goodbye on the parent's connection (PostgreSQL) or
-            # run a checkpoint (SQLite, "How To Corrupt An SQLite Database File", 2.6).
-            _inherited.append(engine.pool)
-            engine.dispose(close=False)
-        self._engine = None
+        for engine in (self._engine, self._transactions):
+            if engine is not None:
+                # Closing them would say goodbye on the parent's connection (PostgreSQL) or
+                # run a checkpoint (SQLite, "How To Corrupt An SQLite Database File", 2.6).
+                _inherited.append(engine.pool)
+                engine.dispose(close=False)
+        self._engine = self._transactions = None
         self._lock = threading.Lock()  # a thread of the parent's may have held the old one
 
     # ------------------------------------------------------------------ schema
@@ -668,8 +852,7 @@ def _with_own_pool(engine: Engine) -> Engine:
     With the application's, handlers that hold them all would keep the heartbeat from
     renewing their own claims, and a broken one of ours would cost it its whole pool.
     """
-    own = Engine(engine.pool.recreate(), engine.dialect, engine.url)
-    return own.execution_options(isolation_level="AUTOCOMMIT")
+    return Engine(engine.pool.recreate(), engine.dialect, engine.url)
 
 
 def _usable(engine: Engine) -> URL:
@@ -736,7 +919,7 @@ def database_url(database: str | URL) -> URL:
 
 
 # SQLSTATEs (PostgreSQL documentation, appendix A): serialization_failure, deadlock_detected.
-_SERIALIZATION = frozenset({"40001", "40P01"})
+SERIALIZATION = frozenset({"40001", "40P01"})
 # undefined_table, undefined_column, invalid_schema_name.
 _NO_SCHEMA = frozenset({"42P01", "42703", "3F000"})
 
@@ -744,12 +927,12 @@ _NO_SCHEMA = frozenset({"42P01", "42703", "3F000"})
 _TOO_BIG = frozenset({"54000", "XX000"})
 
 
-def _timed_out(exc: BaseException) -> bool:
+def _timed_out(exc: BaseException | None) -> bool:
     # By name: the class is in a module that needs psycopg.
     return type(exc).__name__ == "TimedOut"
 
 
-def _sqlstate(exc: BaseException) -> str | None:
+def sqlstate_of(exc: BaseException) -> str | None:
     return getattr(exc, "sqlstate", None)
 
 
@@ -771,6 +954,29 @@ def _claim_params(claim: Claim) -> dict[str, Any]:
         "method": _storable(claim.method),
         "path": _storable(claim.path),
     }
+
+
+def completion_params(digest: bytes, token: bytes, completion: Completion) -> dict[str, Any]:
+    return {
+        "digest": digest,
+        "token": token,
+        "status": _storable(completion.status),
+        "headers": json.dumps(completion.headers, separators=(",", ":")),
+        "body": completion.body,
+        "reason": completion.not_replayable,
+    }
+
+
+def _lock_of(digest: bytes) -> int:
+    """The advisory lock of a key: 64 bits of its digest, as a bigint."""
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _one_trip(driver: Any) -> AbstractContextManager[object]:
+    """Send what is asked within in one round trip, where libpq (14) can."""
+    from psycopg import Pipeline
+
+    return driver.pipeline() if Pipeline.is_supported() else nullcontext()
 
 
 def _storable(text: str) -> str:

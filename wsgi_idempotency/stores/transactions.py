@@ -1,0 +1,265 @@
+"""A transaction of :class:`~wsgi_idempotency.SQLStore`, which the application joins.
+
+The row is inserted as a claim when the transaction begins and updated when it ends, so
+that the primary key finds out before the handler runs what the lock alone can't: a row
+that this transaction's snapshot doesn't show. Nobody sees the claim; it is committed as a
+completed operation, or never. The key's lock is the transaction's (PostgreSQL
+documentation, 13.3.5; on SQLite the database's, by BEGIN IMMEDIATE), and dies with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from wsgi_idempotency.errors import (
+    CommitUnknown,
+    SchemaError,
+    StoreError,
+    StoreUnavailable,
+    TransactionConflict,
+    TransactionFailed,
+)
+from wsgi_idempotency.records import Claim, Claimed, Completion, Record
+from wsgi_idempotency.stores.sql import SERIALIZATION, completion_params, sqlstate_of
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import ExceptionContext
+
+    from wsgi_idempotency.stores.sql import SQLStore
+
+logger = logging.getLogger("wsgi_idempotency")
+
+#: Where a connection has the transaction that the application joins.
+_JOINED = "wsgi_idempotency.transaction"
+
+# Classes of SQLSTATE that tell of the server, not of what it was asked: connection
+# exceptions, insufficient resources, object not in its state (a lock), operator
+# intervention, system and internal errors.
+_OF_THE_SERVER = ("08", "53", "55", "57", "58", "XX")
+
+#: Seconds between two looks for the end of a transaction whose COMMIT had no answer.
+_LOOK_EVERY = 0.05
+
+
+class ConnectionLost(StoreUnavailable):
+    """Raised when the transaction's connection turned out to be dead; so is the transaction."""
+
+
+class SQLTransaction:
+    """See :class:`~wsgi_idempotency.stores.base.Transaction`."""
+
+    def __init__(self, store: SQLStore, connection: Connection, claim: Claim) -> None:
+        self._store = store
+        self._connection = connection
+        self._driver: Any = connection.connection.driver_connection
+        self._claim = claim
+        self._conflict = False
+        self._rolled_back = False
+        self._over = False
+        self.claimed: Claimed | None = None
+        self.seen: Record | None = None
+        connection.info[_JOINED] = self
+
+    @property
+    def connection(self) -> Connection:
+        return self._connection
+
+    def enter(self, wait: float) -> bool:
+        """Begin, and claim the key or fetch its row; False when another transaction has it.
+
+        :raises TransactionConflict: the snapshot is too old to tell: begin again.
+        """
+        with self._speaking(wait):
+            self._connection.begin()
+            entered = self._store._sql.enter(self._driver, self._claim, wait)
+        if isinstance(entered, Claimed):
+            self.claimed = entered
+        else:
+            self.seen = entered
+        return entered is not None
+
+    def take_over(self, claim: Claim, seen: Record) -> Claimed | None:
+        self._claim = claim
+        with self._speaking():
+            return self._store._sql.take_over(self._store._sql.runner(self._driver), claim, seen)
+
+    def complete(self, completion: Completion) -> None:
+        try:
+            with self._speaking():
+                self._leave_savepoints()
+                if not self._record(completion):
+                    raise TransactionFailed("its claim is gone: the application rolled it back")
+            self._commit()
+        finally:
+            self.rollback()
+
+    def rollback(self) -> None:
+        if self._over:
+            return
+        self._over = True
+        try:
+            if not (self._connection.closed or self._connection.invalidated):
+                self._connection.info.pop(_JOINED, None)
+                self._allow(self._store._timeout)
+                self._driver.rollback()
+        except Exception as exc:
+            logger.info("a transaction was left to the server to roll back: %s", exc)
+            self._connection.invalidate()
+        finally:
+            with suppress(SQLAlchemyError):
+                self._connection.close()
+
+    def conflicted(self, exc: BaseException | None) -> bool:
+        return self._conflict or any(sqlstate_of(error) in SERIALIZATION for error in _chain(exc))
+
+    # ------------------------------------------------------------------ the end
+
+    def _leave_savepoints(self) -> None:
+        """What a Session of the application's has flushed and not committed, it would have
+        rolled back on its own connection."""
+        if self._connection.closed:
+            raise TransactionFailed("the application closed its connection")
+        if self._connection.invalidated:
+            raise ConnectionLost(f"the connection to {self._store!r} was lost")
+        if self._rolled_back:
+            raise TransactionFailed(
+                "the application rolled it back. To undo a part of it use"
+                " connection.begin_nested(), or a Session with"
+                ' join_transaction_mode="create_savepoint"'
+            )
+        while (savepoint := self._connection.get_nested_transaction()) is not None:
+            savepoint.rollback()
+
+    def _record(self, completion: Completion) -> bool:
+        statements, claim = self._store._sql, self._claim
+        params = completion_params(claim.digest, claim.token, completion)
+        return statements.runner(self._driver)(statements.COMPLETE, params).rowcount == 1
+
+    def _commit(self) -> None:
+        try:
+            with self._speaking():
+                self._driver.commit()
+        except ConnectionLost as exc:
+            if not self._committed():
+                raise StoreUnavailable(f"{self._store!r} was lost before the commit") from exc
+
+    def _committed(self) -> bool:
+        """Whether a COMMIT took effect that had no answer.
+
+        The row tells, once the transaction's lock is free: until then it may be on its way.
+
+        :raises CommitUnknown: it can't be told in time.
+        """
+        deadline = time.monotonic() + self._store._timeout
+        while True:
+            try:
+                over = self._store._transaction_over(self._claim.digest)
+                record = self._store.lookup(self._claim.digest)
+            except StoreUnavailable as exc:
+                logger.warning("whether a transaction was committed can't be told yet: %s", exc)
+            else:
+                mine = record is not None and record.token == self._claim.token
+                if mine or over:
+                    return mine
+            if time.monotonic() > deadline:
+                raise CommitUnknown(
+                    f"the answer of {self._store!r} to a COMMIT was lost, and for"
+                    f" {self._store._timeout:g} s nothing could say whether it took effect"
+                )
+            time.sleep(_LOOK_EVERY)
+
+    # ------------------------------------------------------------------ the driver
+
+    @contextmanager
+    def _speaking(self, wait: float = 0.0) -> Iterator[None]:
+        """While we speak, the bounds and the errors are ours; what the application asks
+        takes its time."""
+        self._allow(self._store._timeout + wait)
+        try:
+            yield
+        except self._store._driver_error as exc:
+            raise self._translated(exc) from exc
+        except DBAPIError as exc:
+            raise self._translated(exc.orig) from exc
+        except StoreError:
+            raise
+        except SQLAlchemyError as exc:
+            raise TransactionFailed(f"it can't be ended: {exc}") from exc
+        except BaseException:
+            # A greenlet killed or a thread interrupted in the middle of a round trip.
+            self._connection.invalidate()
+            raise
+        finally:
+            self._allow(math.inf)
+
+    def _allow(self, seconds: float) -> None:
+        """The time for one round trip, on connections of ours (BoundedConnection)."""
+        if hasattr(self._driver, "seconds"):
+            self._driver.seconds = seconds
+
+    def _translated(self, exc: Any) -> StoreError:
+        store, said = self._store, str(exc).split("\n")[0]
+        sqlstate = sqlstate_of(exc) or ""
+        if store._is_disconnect(exc, self._driver):
+            self._connection.invalidate()
+            return ConnectionLost(f"the connection to {store!r} was lost: {said}")
+        if sqlstate in SERIALIZATION:
+            return TransactionConflict(f"{store!r} said: {said}")
+        error = store._translate(exc)
+        if isinstance(error, SchemaError):
+            return error
+        if sqlstate.startswith(_OF_THE_SERVER) or "database is locked" in said:
+            return StoreUnavailable(str(error))
+        return TransactionFailed(str(error))
+
+
+def watch(engine: Engine) -> None:
+    """Tell the transactions on an engine's connections what the application does with them."""
+    event.listen(engine, "commit", _refuse_commit)
+    event.listen(engine, "rollback", _note_rollback)
+    event.listen(engine, "handle_error", _note_conflict)
+
+
+def _joined(connection: Connection | None) -> SQLTransaction | None:
+    if connection is None or connection.closed or connection.invalidated:
+        return None
+    transaction: SQLTransaction | None = connection.info.get(_JOINED)
+    return transaction
+
+
+def _refuse_commit(connection: Connection) -> None:
+    if _joined(connection) is not None:
+        raise TransactionFailed(
+            "this transaction is committed by IdempotencyMiddleware, together with the response."
+            " To commit a part of it use connection.begin_nested(), or a Session with"
+            ' join_transaction_mode="create_savepoint"'
+        )
+
+
+def _note_rollback(connection: Connection) -> None:
+    transaction = _joined(connection)
+    if transaction is not None:
+        transaction._rolled_back = True
+
+
+def _note_conflict(context: ExceptionContext) -> None:
+    transaction = _joined(context.connection)
+    if transaction is not None and sqlstate_of(context.original_exception) in SERIALIZATION:
+        transaction._conflict = True
+
+
+def _chain(exc: BaseException | None) -> Iterator[BaseException]:
+    """An exception, what a driver raised beneath it, and what led to it."""
+    seen: list[BaseException] = []
+    while exc is not None and exc not in seen:
+        seen.append(exc)
+        yield exc
+        exc = getattr(exc, "orig", None) or exc.__cause__ or exc.__context__
