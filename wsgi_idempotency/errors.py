@@ -47,6 +47,11 @@ class SchemaError(StoreUnavailable):
     """Raised when the store's schema is missing or older than this release needs."""
 
 
+class NotResolvable(StoreError):
+    """Raised when an operation can't be resolved now: it is in flight, completed or gone, or
+    it has changed since it was looked at."""
+
+
 class NotStorable(StoreError):
     """Raised when a store refuses a record because of its size or content."""
 
