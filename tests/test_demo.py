@@ -14,6 +14,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
@@ -29,7 +31,14 @@ from werkzeug.test import Client
 
 from wsgi_idempotency.demo import demo, server
 from wsgi_idempotency.demo.command import origin, tap_twice
-from wsgi_idempotency.demo.double_tap import Observation, Purchase, complaints, pay
+from wsgi_idempotency.demo.double_tap import (
+    TIMEOUT,
+    Observation,
+    Purchase,
+    buy,
+    complaints,
+    pay,
+)
 from wsgi_idempotency.demo.shop import create_app, create_charges, create_pages, metadata
 from wsgi_idempotency.stores.tables import SCHEMA_REVISION
 
@@ -225,6 +234,24 @@ def test_once_is_no_success_when_it_is_interrupted(tmp_path: Path) -> None:
         process.communicate(timeout=30)
     assert process.returncode == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_before_the_second_tap_has_begun_lets_go_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which waits for the second, as the command then does for the first."""
+    begin = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name.endswith("_1"):
+            raise KeyboardInterrupt
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        buy(("127.0.0.1", 1), protected=True)
+    assert time.monotonic() - started < TIMEOUT / 2
 
 
 # ---------------------------------------------------------------- the open shop

@@ -27,6 +27,7 @@ from servers.http import Response
 from servers.postgres import PostgresServer
 
 from wsgi_idempotency.schema import upgrade
+from wsgi_idempotency.stores.tables import OUR_TABLES, SCHEMA_REVISION
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_a_schema_that_went_missing_refuses_and_names_the_command(
 ) -> None:
     """Also in processes that have seen it before."""
     with open_shop(pg_database, tmp_path, application="apps.warmed_up:app", workers=2) as shop:
-        query(pg_database, "DROP TABLE idempotency_keys, wsgi_idempotency_version")
+        query(pg_database, f"DROP TABLE {', '.join(sorted(OUR_TABLES))}")
         expect_to_heal(shop, pg_database)
 
 
@@ -177,9 +178,9 @@ def test_an_old_schema_refuses_and_names_the_command(pg_database: str, tmp_path:
             expect_refused(response)
         assert shop.executions() == []
         told = "\n".join(errors(shop.server.log_text()))
-        assert "The schema is at 0000, this release needs 0001" in told
+        assert f"The schema is at 0000, this release needs {SCHEMA_REVISION}" in told
         assert "Run: wsgi-idempotency upgrade --database" in told
-        query(pg_database, "UPDATE wsgi_idempotency_version SET version_num = '0001'")
+        query(pg_database, f"UPDATE wsgi_idempotency_version SET version_num = '{SCHEMA_REVISION}'")
         assert shop.post("key-0").status == 201
 
 

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -323,4 +324,39 @@ def test_a_file_that_somebody_reads_is_switched_to_wal_when_they_have_finished(t
     with store.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
     reader.close()
+    store.close()
+
+
+def test_a_file_that_somebody_is_about_to_write_to_is_switched_to_wal_when_they_have(
+    tmp_path, monkeypatch
+):
+    """SQLite doesn't wait for the lock of a writer as it does for that of a reader."""
+    writer = sqlite3.connect(tmp_path / "keys.db", isolation_level=None)
+    writer.execute("CREATE TABLE application (x)")
+    writer.execute("BEGIN IMMEDIATE")
+    store = SQLStore(f"sqlite:///{tmp_path}/keys.db", timeout=30.0)
+    rest = time.sleep
+
+    def finish_meanwhile(seconds):
+        rest(seconds)
+        if writer.in_transaction:
+            writer.execute("COMMIT")
+
+    monkeypatch.setattr(time, "sleep", finish_meanwhile)
+    store.check()
+    assert not writer.in_transaction
+    with store.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+    writer.close()
+    store.close()
+
+
+def test_a_file_whose_writer_does_not_end_is_waited_for_no_longer_than_a_statement(tmp_path):
+    writer = sqlite3.connect(tmp_path / "keys.db", isolation_level=None)
+    writer.execute("CREATE TABLE application (x)")
+    writer.execute("BEGIN IMMEDIATE")
+    store = SQLStore(f"sqlite:///{tmp_path}/keys.db", timeout=0.2)
+    with pytest.raises(StoreUnavailable, match="locked"):
+        store.check()
+    writer.close()
     store.close()
