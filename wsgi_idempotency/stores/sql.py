@@ -409,9 +409,10 @@ class _SQLite:
         raise StoreUnavailable(f"no stable answer to a claim after {_LOOKS} looks")
 
     def ready(self, driver: Any, isolation_level: str | None, seconds: float) -> None:
-        """Leave BEGIN to us, and wait so long for the lock. Every transaction of SQLite's is
-        serializable, which is what any level asks for at the most."""
-        driver.isolation_level = None
+        """Wait so long for the lock. Every transaction of SQLite's is serializable, which is
+        what any level asks for at the most."""
+        # What an application writes after a rollback of its own must not commit itself.
+        driver.isolation_level = "IMMEDIATE"
         driver.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
 
     def over(self, run: _Run, digest: bytes) -> bool:
@@ -419,9 +420,8 @@ class _SQLite:
 
     def enter(self, driver: Any, claim: Claim, wait: float) -> Claimed | Record | None:
         """Within a transaction: claim the key or fetch its row. SQLite has one writer at a
-        time, and the wait for it is the wait for the key."""
+        time: the wait for it, when the transaction began, was the wait for the key."""
         run = self.runner(driver)
-        run("BEGIN IMMEDIATE", {})
         row = run(_LITE_LOOKUP, {"digest": claim.digest}).fetchone()
         if row is not None:
             return _record(tuple(row))
@@ -754,7 +754,7 @@ class SQLStore:
             engine = self._make_engine(pool_size=kept, max_overflow=self._max_transactions - kept)
         else:
             engine = _with_own_pool(self._given)
-        watch(engine)
+        watch(engine, begin_immediate=not self._postgresql)
         return engine
 
     def _connect_bounded(

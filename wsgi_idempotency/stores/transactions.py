@@ -63,6 +63,7 @@ class SQLTransaction:
         self._claim = claim
         self._conflict = False
         self._rolled_back = False
+        self._may_have_written = True
         self._over = False
         self.claimed: Claimed | None = None
         self.seen: Record | None = None
@@ -83,11 +84,13 @@ class SQLTransaction:
         if isinstance(entered, Claimed):
             self.claimed = entered
         else:
+            self._may_have_written = False
             self.seen = entered
         return entered is not None
 
     def take_over(self, claim: Claim, seen: Record) -> Claimed | None:
         self._claim = claim
+        self._may_have_written = True
         with self._speaking():
             return self._store._sql.take_over(self._store._sql.runner(self._driver), claim, seen)
 
@@ -109,7 +112,11 @@ class SQLTransaction:
             if not (self._connection.closed or self._connection.invalidated):
                 self._connection.info.pop(_JOINED, None)
                 self._allow(self._store._timeout)
-                self._driver.rollback()
+                if self._may_have_written:
+                    self._driver.rollback()
+                else:
+                    # Nothing to undo; and at a rollback psycopg drops what it has prepared.
+                    self._driver.commit()
         except Exception as exc:
             logger.info("a transaction was left to the server to roll back: %s", exc)
             self._connection.invalidate()
@@ -221,11 +228,21 @@ class SQLTransaction:
         return TransactionFailed(str(error))
 
 
-def watch(engine: Engine) -> None:
-    """Tell the transactions on an engine's connections what the application does with them."""
+def watch(engine: Engine, *, begin_immediate: bool) -> None:
+    """Tell the transactions on an engine's connections what the application does with them.
+
+    :param begin_immediate: begin each with SQLite's write lock. sqlite3 would not begin one
+        for a savepoint, whose release would then commit it.
+    """
+    if begin_immediate:
+        event.listen(engine, "begin", _begin_immediate)
     event.listen(engine, "commit", _refuse_commit)
     event.listen(engine, "rollback", _note_rollback)
     event.listen(engine, "handle_error", _note_conflict)
+
+
+def _begin_immediate(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _joined(connection: Connection | None) -> SQLTransaction | None:
