@@ -164,7 +164,17 @@ def drop_keys(url: str) -> None:
 def test_help_says_what_there_is_and_what_it_exits_with() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for word in ("upgrade", "check", "purge", "demo", "Exit status: 0 when all is well, 1 when"):
+    for word in (
+        "upgrade",
+        "check",
+        "purge",
+        "list",
+        "show",
+        "resolve",
+        "reconcile",
+        "demo",
+        "Exit status: 0 when all is well, 1 when",
+    ):
         assert word in done.stdout
 
 
@@ -231,9 +241,9 @@ def test_the_demo_is_loaded_when_it_is_called() -> None:
     assert "--once" in done.output
 
 
-@pytest.mark.parametrize("command", ["upgrade", "check", "purge"])
+@pytest.mark.parametrize("command", ["upgrade", "check", "purge", "list"])
 class TestEveryCommandWithADatabase:
-    """What ``upgrade``, ``check`` and ``purge`` have in common."""
+    """What ``upgrade``, ``check``, ``purge`` and ``list`` have in common."""
 
     def test_says_how_to_name_one(self, command: str) -> None:
         done = invoke(command)

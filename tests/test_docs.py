@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 import pytest
+from sqlalchemy import Table
 
 import wsgi_idempotency
 from wsgi_idempotency import Outcome, hold_unknown, store_everything, store_success
 from wsgi_idempotency.cli import main
 from wsgi_idempotency.problems import CODES, problem
 from wsgi_idempotency.protocol import NEVER_AN_OUTCOME
-from wsgi_idempotency.stores.tables import idempotency_keys
+from wsgi_idempotency.stores.tables import idempotency_keys, idempotency_resolutions
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -73,10 +74,13 @@ def test_the_statuses_that_are_never_an_outcome_are_all_named() -> None:
     assert named | set(range(100, 200)) == NEVER_AN_OUTCOME
 
 
-def test_every_column_of_the_table_is_in_the_schema_page() -> None:
-    cells = [row[0] for row in rows(section(page("schema.md"), "idempotency_keys"))]
+@pytest.mark.parametrize(
+    "table", [idempotency_keys, idempotency_resolutions], ids=lambda table: table.name
+)
+def test_every_column_of_a_table_is_in_the_schema_page(table: Table) -> None:
+    cells = [row[0] for row in rows(section(page("schema.md"), table.name))]
     documented = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
-    assert documented == {column.name for column in idempotency_keys.columns}
+    assert documented == {column.name for column in table.columns}
 
 
 @pytest.mark.parametrize("name", wsgi_idempotency.__all__)

@@ -16,6 +16,7 @@ import pytest
 from apps.shop import at_once, query
 from servers.postgres import Postgres
 from sqlalchemy.engine import make_url
+from unresolved import OVER, age_rows, held, lapsed
 
 from wsgi_idempotency import SQLStore
 from wsgi_idempotency.errors import (
@@ -41,7 +42,6 @@ from wsgi_idempotency.testing import make_claim, until
 FORGET, RELEASE, COMPLETE = Resolution.FORGET, Resolution.RELEASE, Resolution.COMPLETE
 
 HOUR = 3600.0
-OVER = 0.0  # a lease that has run out at once
 
 RESPONSE = StoredResponse("201 Made It", (("Location", "/1"), ("Link", "<2>")), b"\x00made")
 DONE = Completion("200 OK", (), b"by its worker")
@@ -73,21 +73,6 @@ def store(database: str) -> Iterator[SQLStore]:
 @pytest.fixture
 def resolver(store: SQLStore) -> Resolver:
     return Resolver(store)
-
-
-def held(store: SQLStore, name: str = "a key", **changes: Any) -> Claim:
-    """A claim whose handler ended with HOLD."""
-    claim = make_claim(name, **changes)
-    assert store.claim(claim) == Claimed(1)
-    assert store.hold(claim.digest, claim.token) is True
-    return claim
-
-
-def lapsed(store: SQLStore, name: str = "a key", **changes: Any) -> Claim:
-    """A claim whose worker is gone."""
-    claim = make_claim(name, lease=OVER, **changes)
-    assert store.claim(claim) == Claimed(1)
-    return claim
 
 
 def released(store: SQLStore) -> Claim:
@@ -212,14 +197,6 @@ def test_what_was_held_for_longer_than_its_retention_is_remembered_anew(
     left = details(resolver, claim).expires_at - resolver.now()
     assert HOUR - 60 < left <= HOUR
     assert store.purge(10) == 0
-
-
-def age_rows(url: str, seconds: float) -> None:
-    """Let all rows be so much older."""
-    ago = f"- interval '{seconds} seconds'" if url.startswith("postgresql") else f"- {seconds}"
-    columns = ("created_at", "lease_until", "expires_at")
-    changes = ", ".join(f"{column} = {column} {ago}" for column in columns)
-    query(url, f"UPDATE idempotency_keys SET {changes}")
 
 
 @each_resolvable
@@ -651,7 +628,8 @@ def test_what_is_held_is_what_retries_are_told(
 def test_a_key_is_found_in_its_scope_or_in_all(store: SQLStore, resolver: Resolver) -> None:
     for scope in ("alice", "bob"):
         for key in ("k", "K"):
-            held(store, f"{scope} {key}", scope=scope, key=key)
+            claim = held(store, f"{scope} {key}", scope=scope, key=key)
+            until(lambda claim=claim: details(resolver, claim).age > 0)
     assert [found.scope for found in resolver.find("k")] == ["alice", "bob"]
     assert [found.key for found in resolver.find("K", "bob")] == ["K"]
     assert resolver.find("k", "eve") == []
@@ -702,7 +680,14 @@ def test_what_is_unresolved_is_found_and_nothing_else(
     store: SQLStore, resolver: Resolver, wanted: dict[str, bool], expected: list[str]
 ) -> None:
     some_of_each(store)
-    assert [found.key for found in resolver.unresolved(**wanted)] == expected
+    assert sorted(found.key for found in resolver.unresolved(**wanted)) == sorted(expected)
+
+
+def test_the_oldest_comes_first(database: str, store: SQLStore, resolver: Resolver) -> None:
+    for name in "cab":
+        held(store, name)
+    age_rows(database, 0, each=1)
+    assert [found.key for found in resolver.unresolved()] == ["a", "b", "c"]
 
 
 def test_pages_go_on_where_the_last_one_ended(

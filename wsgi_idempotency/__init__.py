@@ -33,6 +33,7 @@ from wsgi_idempotency.scope import (
 )
 
 if TYPE_CHECKING:
+    from wsgi_idempotency.reconciler import Completed, NotExecuted, Reconciler, StillUnknown
     from wsgi_idempotency.stores.memory import MemoryStore
     from wsgi_idempotency.stores.sql import SQLStore
 
@@ -42,16 +43,20 @@ __all__ = [
     "RELEASE",
     "STORE",
     "Action",
+    "Completed",
     "Event",
     "IdempotencyError",
     "IdempotencyMiddleware",
     "MemoryStore",
+    "NotExecuted",
     "Operation",
     "Outcome",
     "Policy",
     "Problem",
+    "Reconciler",
     "Route",
     "SQLStore",
+    "StillUnknown",
     "by_authorization",
     "by_cookie",
     "by_header",
@@ -73,8 +78,12 @@ __all__ = [
 
 # SQLAlchemy takes longer to import than all the rest, and MemoryStore does without.
 _LAZY = {
+    "Completed": "wsgi_idempotency.reconciler",
     "MemoryStore": "wsgi_idempotency.stores.memory",
+    "NotExecuted": "wsgi_idempotency.reconciler",
+    "Reconciler": "wsgi_idempotency.reconciler",
     "SQLStore": "wsgi_idempotency.stores.sql",
+    "StillUnknown": "wsgi_idempotency.reconciler",
 }
 
 

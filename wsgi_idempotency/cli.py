@@ -8,17 +8,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsgi_idempotency.errors import (
-    ConfigurationError,
-    IdempotencyError,
-    SchemaError,
-    StoreUnavailable,
-)
-from wsgi_idempotency.schema import DATABASE_VARIABLE
+from wsgi_idempotency.cli_options import EXIT_INTERRUPTED, database_option, seconds, store_of
+from wsgi_idempotency.errors import IdempotencyError
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -27,7 +23,14 @@ if TYPE_CHECKING:
     from wsgi_idempotency.checkup import Finding
     from wsgi_idempotency.stores.sql import SQLStore
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+#: Commands of which only the name and a line of help are here.
+ELSEWHERE = {
+    "demo": "wsgi_idempotency.demo:demo",
+    "list": "wsgi_idempotency.resolve_commands:list_operations",
+    "show": "wsgi_idempotency.resolve_commands:show",
+    "resolve": "wsgi_idempotency.resolve_commands:resolve",
+    "reconcile": "wsgi_idempotency.resolve_commands:reconcile",
+}
 
 
 class Commands(click.Group):
@@ -37,10 +40,9 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
-        if command is demo:
-            from wsgi_idempotency.demo import demo as loaded
-
-            command = loaded
+        if name in ELSEWHERE:
+            module, _, attribute = ELSEWHERE[name].partition(":")
+            command = getattr(import_module(module), attribute)
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -53,41 +55,10 @@ class Commands(click.Group):
             ctx.exit(EXIT_INTERRUPTED)
 
 
-def usable_database(ctx: click.Context, param: click.Parameter, value: str | None) -> URL:
-    from wsgi_idempotency.stores.sql import database_url
-
-    if value is None:
-        raise click.UsageError(
-            f"Which database? Give --database URL or set {DATABASE_VARIABLE}, to one like"
-            " postgresql://user@host/name or sqlite:////srv/shop/keys.db",
-            ctx,
-        )
-    try:
-        return database_url(value)
-    except ConfigurationError as exc:
-        raise click.BadParameter(str(exc), ctx, param) from exc
-
-
-def seconds(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    if not 0 <= value <= 3600:
-        raise click.BadParameter(f"{value} is not from 0 to 3600 seconds", ctx, param)
-    return value
-
-
 def numbered(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not re.fullmatch("head|[0-9]{4}", value):
         raise click.BadParameter(f"{value!r} is neither head nor four digits", ctx, param)
     return value
-
-
-database_option = click.option(
-    "--database",
-    metavar="URL",
-    envvar=DATABASE_VARIABLE,
-    show_envvar=True,
-    callback=usable_database,
-    help="The database, as postgresql://user@host/name or sqlite:////path/to/file.",
-)
 
 
 @click.group(
@@ -233,17 +204,7 @@ def purge(database: URL, batch: int, sleep: float, max_batches: int | None) -> N
     Rows in flight, held, or within their retention stay. Requests are not blocked, and
     several purges may run at once.
     """
-    from wsgi_idempotency.checkup import sqlite_file_exists
-    from wsgi_idempotency.stores.sql import SQLStore
-
-    sqlite = database.get_backend_name() == "sqlite"
-    if sqlite and not sqlite_file_exists(database):
-        raise click.ClickException(f"{database.database} doesn't exist. Is the path right?")
-    # Seconds. Nobody waits for a batch, unlike for a request; on SQLite it is only the time
-    # to get the lock.
-    store = SQLStore(database, create=False, timeout=5.0 if sqlite else 60.0)
-    with contextlib.closing(store), unavailable():
-        store.check()
+    with store_of(database) as store:
         deleted = 0
         try:
             with progress_bar(store, batch, max_batches) as advance:
@@ -252,22 +213,6 @@ def purge(database: URL, batch: int, sleep: float, max_batches: int | None) -> N
                     advance(count)
         finally:
             click.echo(f"{deleted} expired rows deleted")
-
-
-@contextlib.contextmanager
-def unavailable() -> Iterator[None]:
-    """Add what to do to what a database says that can't be used."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    from wsgi_idempotency.checkup import reason
-
-    try:
-        yield
-    except SchemaError:
-        raise  # it has its advice
-    except (StoreUnavailable, SQLAlchemyError) as exc:
-        advice = "To see what is wrong, run: wsgi-idempotency check"
-        raise click.ClickException(f"{reason(exc)}. {advice}") from exc
 
 
 def delete_expired(
@@ -300,6 +245,26 @@ def progress_bar(
         total = min(total, batch * max_batches)
     with click.progressbar(length=total, label="Deleting", file=sys.stderr) as bar:
         yield bar.update
+
+
+@main.command("list")
+def list_operations() -> None:
+    """List operations whose outcome nobody knows."""
+
+
+@main.command()
+def show() -> None:
+    """Show one operation, and what was decided about it."""
+
+
+@main.command()
+def resolve() -> None:
+    """Decide what becomes of an operation, and put it on record."""
+
+
+@main.command()
+def reconcile() -> None:
+    """Ask a function of yours what became of operations, and resolve them."""
 
 
 @main.command()

@@ -13,16 +13,20 @@ from wsgi_idempotency import (
     RELEASE,
     STORE,
     Action,
+    Completed,
     Event,
     IdempotencyError,
     IdempotencyMiddleware,
     MemoryStore,
+    NotExecuted,
     Operation,
     Outcome,
     Policy,
     Problem,
+    Reconciler,
     Route,
     SQLStore,
+    StillUnknown,
     by_authorization,
     by_cookie,
     by_header,
@@ -41,7 +45,9 @@ from wsgi_idempotency import (
     store_everything,
     store_success,
 )
+from wsgi_idempotency.records import StoredResponse
 from wsgi_idempotency.stores.base import Store
+from wsgi_idempotency.stores.resolving import Details
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -118,6 +124,19 @@ IdempotencyMiddleware(app, MemoryStore(), scope=by_cookie("session"), render_pro
 IdempotencyMiddleware(app, SQLStore("sqlite:///keys.db"), scope=by_header("X-Api-Key"))
 IdempotencyMiddleware(app, "memory:", scope=everyone, policy=Policy(outcomes=store_success))
 IdempotencyMiddleware(app, "memory:", scope=by_tenant)
+
+
+def verdict(record: Details) -> Completed | type[NotExecuted] | StillUnknown:
+    if record.attempt > 1 and record.age < 60:
+        return StillUnknown("too early")
+    if record.key.startswith("done"):
+        return Completed(StoredResponse("201 Created", (), b""), reason="receipt 7")
+    return NotExecuted
+
+
+reconciler = Reconciler("sqlite:///keys.db", verdict, patience=timedelta(minutes=1))
+counts: int = reconciler.walk()["completed"] + reconciler.counts.total()
+Reconciler(SQLStore("sqlite:///keys.db", timeout=60), lambda record: StillUnknown).run(interval=5)
 
 key: str = new_key()
 stores: list[Store] = [MemoryStore(), SQLStore("sqlite:///keys.db", create=True, timeout=2.5)]

@@ -1,0 +1,85 @@
+"""What the commands have in common: the database they are for, and what they say of one that
+can't be used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from wsgi_idempotency.errors import ConfigurationError, SchemaError, StoreUnavailable
+from wsgi_idempotency.schema import DATABASE_VARIABLE
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+    from wsgi_idempotency.stores.sql import SQLStore
+
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def usable_database(ctx: click.Context, param: click.Parameter, value: str | None) -> URL:
+    from wsgi_idempotency.stores.sql import database_url
+
+    if value is None:
+        raise click.UsageError(
+            f"Which database? Give --database URL or set {DATABASE_VARIABLE}, to one like"
+            " postgresql://user@host/name or sqlite:////srv/shop/keys.db",
+            ctx,
+        )
+    try:
+        return database_url(value)
+    except ConfigurationError as exc:
+        raise click.BadParameter(str(exc), ctx, param) from exc
+
+
+def seconds(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not 0 <= value <= 3600:
+        raise click.BadParameter(f"{value} is not from 0 to 3600 seconds", ctx, param)
+    return value
+
+
+database_option = click.option(
+    "--database",
+    metavar="URL",
+    envvar=DATABASE_VARIABLE,
+    show_envvar=True,
+    callback=usable_database,
+    help="The database, as postgresql://user@host/name or sqlite:////path/to/file.",
+)
+
+
+@contextlib.contextmanager
+def store_of(database: URL) -> Iterator[SQLStore]:
+    """The store in a database that has our schema, and what to do about one that hasn't."""
+    from wsgi_idempotency.checkup import sqlite_file_exists
+    from wsgi_idempotency.stores.sql import SQLStore
+
+    sqlite = database.get_backend_name() == "sqlite"
+    if sqlite and not sqlite_file_exists(database):
+        raise click.ClickException(f"{database.database} doesn't exist. Is the path right?")
+    # Seconds. Nobody waits for a batch, unlike for a request; on SQLite it is only the time
+    # to get the lock.
+    store = SQLStore(database, create=False, timeout=5.0 if sqlite else 60.0)
+    with contextlib.closing(store), unavailable():
+        store.check()
+        yield store
+
+
+@contextlib.contextmanager
+def unavailable() -> Iterator[None]:
+    """Add what to do to what a database says that can't be used."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from wsgi_idempotency.checkup import reason
+
+    try:
+        yield
+    except SchemaError:
+        raise  # it has its advice
+    except (StoreUnavailable, SQLAlchemyError) as exc:
+        advice = "To see what is wrong, run: wsgi-idempotency check"
+        raise click.ClickException(f"{reason(exc)}. {advice}") from exc

@@ -1,0 +1,559 @@
+"""The commands for operations of unknown outcome: list, show, resolve, reconcile."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pwd
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from http import HTTPStatus
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from wsgi_idempotency.checkup import span
+from wsgi_idempotency.cli_options import EXIT_INTERRUPTED, database_option, seconds, store_of
+from wsgi_idempotency.errors import NotResolvable
+from wsgi_idempotency.reconciler import FAILED, Reconciler, summary
+from wsgi_idempotency.records import Lapse, State, StoredResponse
+from wsgi_idempotency.scope import printable
+from wsgi_idempotency.stores.resolving import (
+    MAX_RESPONSE_BYTES,
+    Details,
+    Resolution,
+    Resolved,
+    Resolver,
+    completion_of,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+_DIGEST = re.compile("[0-9a-fA-F]{64}")
+
+#: Operations with one key that are listed before somebody has to say which scope they mean.
+_MATCHES = 20
+
+_WITHOUT_BODY = (204, 205, 304)  # RFC 9110 sections 15.3.5, 15.3.6 and 15.4.5
+
+
+# ---------------------------------------------------------------------- list
+
+
+@click.command("list")
+@database_option
+@click.option(
+    "--held",
+    is_flag=True,
+    help="Those whose retries are told OUTCOME_UNKNOWN: held, or lapsed where a lapse holds.",
+)
+@click.option(
+    "--lapsed",
+    is_flag=True,
+    help="Those whose worker is gone, whether a retry may run them or not.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="List so many."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def list_operations(database: URL, held: bool, lapsed: bool, limit: int, as_json: bool) -> None:
+    """List operations whose outcome nobody knows.
+
+    The oldest come first. Without --held or --lapsed it is both. It reads the whole table.
+    """
+    if not held and not lapsed:
+        held = lapsed = True
+    with store_of(database) as store:
+        found = Resolver(store).unresolved(held=held, lapsed=lapsed, limit=limit + 1)
+    more, found = len(found) > limit, found[:limit]
+    if as_json:
+        operations = [as_dict(row) for row in found]
+        click.echo(json.dumps({"operations": operations, "more": more}, indent=2))
+        return
+    if not found:
+        click.echo("There is none.")
+        return
+    click.echo(table(found))
+    if more:
+        click.echo(f"There are more than these {limit}; see --limit.", err=True)
+
+
+def table(rows: Iterable[Details]) -> str:
+    """Operations for people, one on a line, the digest last since it is long."""
+    lines = [["age", "state", "attempt", "request", "key", "scope", "digest"]]
+    for row in rows:
+        cells = [
+            span(row.age),
+            state_of(row),
+            str(row.attempt),
+            f"{row.method} {row.path}",
+            row.key,
+            row.scope,
+            row.digest.hex(),
+        ]
+        lines.append([printable(cell) for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def state_of(row: Details) -> str:
+    """What a row means now, for people."""
+    word: str = row.state.value
+    if row.state is not State.CLAIMED:
+        return word
+    if not row.lapsed:
+        return "in flight"
+    return "lapsed, held" if row.lapse is Lapse.HOLD else "lapsed, to be rerun"
+
+
+def as_dict(row: Details) -> dict[str, Any]:
+    """A row for programs."""
+    return {
+        "digest": row.digest.hex(),
+        "state": row.state.value,
+        "held": row.held,
+        "lapsed": row.lapsed,
+        "lapse": row.lapse.value,
+        "attempt": row.attempt,
+        "method": row.method,
+        "path": row.path,
+        "scope": row.scope,
+        "key": row.key,
+        "age": row.age,
+        "created_at": moment(row.created_at),
+        "lease_until": moment(row.lease_until),
+        "expires_at": moment(row.expires_at),
+        "completed_at": None if row.completed_at is None else moment(row.completed_at),
+        "status": row.status,
+        "body_bytes": row.body_bytes,
+        "not_replayable": row.not_replayable,
+    }
+
+
+def moment(seconds_since_1970: float) -> str:
+    """A moment as ISO 8601 has it, in UTC."""
+    return datetime.fromtimestamp(seconds_since_1970, timezone.utc).isoformat(timespec="seconds")
+
+
+# ---------------------------------------------------------------------- show
+
+key_argument = click.argument("key")
+scope_option = click.option(
+    "--scope",
+    metavar="TEXT",
+    help="Whose key it is, as the table has it; see list. Needed where several have this key.",
+)
+
+
+@click.command()
+@database_option
+@key_argument
+@scope_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def show(database: URL, key: str, scope: str | None, as_json: bool) -> None:
+    """Show one operation, and what was decided about it.
+
+    KEY is the idempotency key, or the 64 hexadecimal digits of its digest. To find a key
+    reads the whole table, to find a digest doesn't.
+    """
+    with store_of(database) as store:
+        resolver = Resolver(store)
+        digest = digest_in(key, scope)
+        if digest is not None and not matches(resolver, key, scope):
+            row, decided = None, resolver.resolutions(digest)  # it may have been forgotten
+        else:
+            row = the_one(resolver, key, scope)
+            decided = resolver.resolutions(row.digest)
+    if row is None and not decided:
+        raise nothing(key, scope)
+    if as_json:
+        resolutions = [resolution_as_dict(one) for one in decided]
+        operation = None if row is None else as_dict(row)
+        click.echo(json.dumps({"operation": operation, "resolutions": resolutions}, indent=2))
+        return
+    if row is None:
+        click.echo("There is no such operation any more.")
+    else:
+        click.echo(described(row))
+    for one in decided:
+        click.echo(told(one))
+
+
+def digest_in(key: str, scope: str | None) -> bytes | None:
+    """The digest that a person may have meant; None when it can only be a key."""
+    return bytes.fromhex(key) if scope is None and _DIGEST.fullmatch(key) else None
+
+
+def matches(resolver: Resolver, key: str, scope: str | None) -> list[Details]:
+    """The operations that a person may have meant; one more than are listed, if there are."""
+    found = []
+    digest = digest_in(key, scope)
+    if digest is not None:
+        found += [row for row in (resolver.details(digest),) if row is not None]
+    # As the middleware writes them down.
+    whose = None if scope is None else printable(scope)
+    named = resolver.find(printable(key), whose, limit=_MATCHES + 1)
+    return found + [row for row in named if row.digest != digest]
+
+
+def the_one(resolver: Resolver, key: str, scope: str | None) -> Details:
+    """:raises click.ClickException: there is none, or there are several, which are listed."""
+    found = matches(resolver, key, scope)
+    if not found:
+        raise nothing(key, scope)
+    if len(found) > 1:
+        click.echo(table(found[:_MATCHES]))
+        count = f"{len(found)}" if len(found) <= _MATCHES else f"More than {_MATCHES}"
+        raise click.ClickException(
+            f"{count} operations have this key. Name one by its digest, or give --scope"
+        )
+    return found[0]
+
+
+def nothing(key: str, scope: str | None) -> click.ClickException:
+    where = "" if scope is None else f" in the scope {printable(scope)}"
+    return click.ClickException(f"No operation has the key {printable(key)}{where}")
+
+
+def described(row: Details) -> str:
+    """All of one operation, for people."""
+    facts = {
+        "request": f"{row.method} {row.path}",
+        "key": row.key,
+        "scope": row.scope,
+        "digest": row.digest.hex(),
+        "state": state_of(row),
+        "attempt": str(row.attempt),
+        "claimed first": f"{moment(row.created_at)}, {span(row.age)} ago",
+    }
+    if row.state is State.CLAIMED:
+        facts["lease"] = f"{'ran' if row.lapsed else 'runs'} out {moment(row.lease_until)}"
+    if row.state is State.HELD and row.lease_left > 0:
+        facts["looked at again"] = f"by a reconciler, not before {moment(row.lease_until)}"
+    if not row.held:
+        over = ", and counts as absent" if row.past_retention and not in_flight(row) else ""
+        facts["remembered until"] = f"{moment(row.expires_at)}{over}"
+    if row.completed_at is not None:
+        facts["completed"] = moment(row.completed_at)
+        size = row.not_replayable or f"{row.body_bytes} bytes"
+        facts["response"] = f"{row.status}, {size}"
+    width = max(map(len, facts)) + 2
+    return "\n".join(f"{name:{width}}{printable(fact)}" for name, fact in facts.items())
+
+
+def in_flight(row: Details) -> bool:
+    return row.state is State.CLAIMED and not row.lapsed
+
+
+def told(one: Resolved) -> str:
+    """One decision, for people."""
+    action = {
+        Resolution.FORGET: "forgotten",
+        Resolution.RELEASE: "released",
+        Resolution.COMPLETE: f"completed with {one.status}",
+    }[one.action]
+    return printable(
+        f"{moment(one.resolved_at)} {action} after attempt {one.attempt} by {one.actor}:"
+        f" {one.reason}"
+    )
+
+
+def resolution_as_dict(one: Resolved) -> dict[str, Any]:
+    """A decision for programs."""
+    return {
+        "resolved_at": moment(one.resolved_at),
+        "actor": one.actor,
+        "reason": one.reason,
+        "action": one.action.value,
+        "digest": one.digest.hex(),
+        "scope": one.scope,
+        "key": one.key,
+        "method": one.method,
+        "path": one.path,
+        "attempt": one.attempt,
+        "status": one.status,
+    }
+
+
+# ---------------------------------------------------------------------- resolve
+
+
+def status_line(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """``"201"`` gets its usual reason."""
+    if value is None or not re.fullmatch("[0-9]{3}", value):
+        return value
+    try:
+        return f"{value} {HTTPStatus(int(value)).phrase}"
+    except ValueError:
+        return f"{value} "
+
+
+def header_fields(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    for value in values:
+        if ":" not in value:
+            raise click.BadParameter(f"{value!r} is not like 'Name: value'", ctx, param)
+    return tuple(
+        (name.strip(), field.strip()) for name, _, field in (v.partition(":") for v in values)
+    )
+
+
+def said(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.strip():
+        raise click.BadParameter("it says nothing", ctx, param)
+    return value
+
+
+@click.command()
+@database_option
+@key_argument
+@scope_option
+@click.option("--forget", is_flag=True, help="It was not done: drop it. The key is fresh.")
+@click.option("--release", is_flag=True, help="Let the same request run again.")
+@click.option("--complete", is_flag=True, help="It was done: replay this response from now on.")
+@click.option(
+    "--status",
+    metavar="STATUS",
+    callback=status_line,
+    help="With --complete: the status, as 201 or '201 Made It'.",
+)
+@click.option(
+    "--body-file", type=click.File("rb"), help="With --complete: the body; - is standard input."
+)
+@click.option(
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="'NAME: VALUE'",
+    callback=header_fields,
+    help="With --complete: a header field; may be given several times.",
+)
+@click.option(
+    "--max-body-bytes",
+    type=click.IntRange(min=0),
+    default=MAX_RESPONSE_BYTES,
+    show_default=True,
+    help="Refuse a larger body.",
+)
+@click.option("--reason", required=True, metavar="TEXT", callback=said, help="Why, for the record.")
+@click.option(
+    "--actor",
+    metavar="NAME",
+    callback=said,
+    help="Who decides, for the record.  [default: the user]",
+)
+def resolve(
+    database: URL,
+    key: str,
+    scope: str | None,
+    forget: bool,
+    release: bool,
+    complete: bool,
+    status: str | None,
+    body_file: BinaryIO | None,
+    headers: tuple[tuple[str, str], ...],
+    max_body_bytes: int,
+    reason: str,
+    actor: str | None,
+) -> None:
+    """Decide what becomes of an operation, and put it on record.
+
+    KEY is the idempotency key, or the 64 hexadecimal digits of its digest. The operation
+    has to be held, released or lapsed: nobody may be running it. A worker that was only
+    slow can't change it any more afterwards.
+    """
+    if forget + release + complete != 1:
+        raise click.UsageError("Give one of --forget, --release and --complete.")
+    response = None
+    if complete:
+        response = response_of(status, headers, body_file, max_body_bytes)
+    elif status is not None or headers or body_file is not None:
+        raise click.UsageError("--status, --header and --body-file belong to --complete.")
+    with store_of(database) as store:
+        resolver = Resolver(store)
+        row = the_one(resolver, key, scope)
+        try:
+            resolver.resolve(
+                row.digest,
+                row.token,
+                action_of(forget, release),
+                actor=current_user() if actor is None else actor,
+                reason=reason,
+                response=response,
+                max_response_bytes=max_body_bytes,
+            )
+        except NotResolvable as exc:
+            raise click.ClickException(f"{sentence(str(exc))} Nothing was changed.") from exc
+    name = printable(f"{row.method} {row.path}, key {row.key}, scope {row.scope}")
+    if response is not None:
+        kept = completion_of(response, max_body_bytes).headers
+        left_out = ", ".join(name for name, value in headers if (name, value) not in kept)
+        click.echo(f"Completed: {name}. Retries get {response.status.strip()} from now on.")
+        if left_out:
+            click.echo(f"Never replayed, and left out: {left_out}.")
+    elif forget:
+        click.echo(f"Forgotten: {name}. The key is fresh.")
+    else:
+        click.echo(f"Released: {name}. The same request may run again.")
+
+
+def action_of(forget: bool, release: bool) -> Resolution:
+    if forget:
+        return Resolution.FORGET
+    return Resolution.RELEASE if release else Resolution.COMPLETE
+
+
+def response_of(
+    status: str | None,
+    headers: tuple[tuple[str, str], ...],
+    body_file: BinaryIO | None,
+    max_body_bytes: int,
+) -> StoredResponse:
+    """The response that a person has described.
+
+    :raises click.UsageError: it is not all there.
+    :raises NotStorable: it can't be stored or replayed.
+    """
+    if status is None:
+        raise click.UsageError("--complete needs the --status that clients are to get.")
+    if body_file is None and not status.startswith(tuple(map(str, _WITHOUT_BODY))):
+        raise click.UsageError(
+            "--complete needs the --body-file that clients are to get; /dev/null is empty."
+        )
+    body = b"" if body_file is None else body_file.read(max_body_bytes + 1)
+    response = StoredResponse(status, headers, body)
+    completion_of(response, max_body_bytes)
+    return response
+
+
+def current_user() -> str:
+    """Who runs the command, as the system knows them."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"user {os.getuid()}"
+
+
+def sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+# ---------------------------------------------------------------------- reconcile
+
+
+def verdict_of(ctx: click.Context, param: click.Parameter, value: str) -> Any:
+    """The function that ``module:function`` names; modules are found where one stands, too."""
+    module, colon, name = value.partition(":")
+    if not (module and colon and name):
+        raise click.BadParameter(f"{value!r} is not like module:function", ctx, param)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = import_module(module)
+    except ImportError as exc:
+        raise click.BadParameter(f"{module} can't be imported: {exc}", ctx, param) from exc
+    verdict = getattr(found, name, None)
+    if not callable(verdict):
+        raise click.BadParameter(f"{module} has no function {name}", ctx, param)
+    return verdict
+
+
+@click.command()
+@database_option
+@click.option(
+    "--verdict",
+    required=True,
+    metavar="MODULE:FUNCTION",
+    callback=verdict_of,
+    help="Called with each operation; returns Completed(response), NotExecuted or StillUnknown.",
+)
+@click.option("--once", is_flag=True, help="End after one walk; fail if a verdict failed.")
+@click.option(
+    "--interval",
+    type=float,
+    default=60.0,
+    show_default=True,
+    callback=seconds,
+    help="Seconds to rest between walks, each of which reads the table once.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(1.0, 86400.0),
+    default=60.0,
+    show_default=True,
+    help="Seconds a verdict may take until somebody else may look.",
+)
+@click.option(
+    "--max-body-bytes",
+    type=click.IntRange(min=0),
+    default=MAX_RESPONSE_BYTES,
+    show_default=True,
+    help="Refuse a larger body.",
+)
+@click.option(
+    "--actor", metavar="NAME", callback=said, help="Who decides.  [default: reconciler@host]"
+)
+def reconcile(
+    database: URL,
+    verdict: Any,
+    once: bool,
+    interval: float,
+    patience: float,
+    max_body_bytes: int,
+    actor: str | None,
+) -> None:
+    """Ask a function of yours what became of operations, and resolve them.
+
+    It looks at what is held or has lapsed, on as many hosts at once as you like. SIGTERM and
+    SIGINT end it after the operation at hand; a second one ends it at once.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    with store_of(database) as store:
+        reconciler = Reconciler(
+            store, verdict, patience=patience, max_response_bytes=max_body_bytes, actor=actor
+        )
+        with stopped_by_signals() as stop:
+            try:
+                if once:
+                    reconciler.walk(stop=stop)
+                else:
+                    reconciler.run(interval=interval, stop=stop)
+            finally:
+                click.echo(summary(reconciler.counts))
+    if once and stop.is_set():
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(1 if once and reconciler.counts[FAILED] else 0)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """Set an event at the first SIGTERM or SIGINT; the next does what it did before."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def told_to_stop(number: int, frame: object) -> None:
+        restore()
+        stop.set()
+
+    for number in before:
+        signal.signal(number, told_to_stop)
+    try:
+        yield stop
+    finally:
+        restore()
