@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,8 @@ from apps.shop import (
     replayed,
     until,
 )
+
+from wsgi_idempotency import Reconciler, SQLStore, StillUnknown
 
 SHORT_LEASE = {"lease": 1}
 
@@ -76,6 +80,78 @@ def test_an_operation_whose_worker_was_killed_is_held_where_the_policy_says_so(
             assert refused.header("X-Should-Retry") == "false"
         assert shop.attempts("k") == [1]
         assert shop.post("another").status == 201
+
+
+@pytest.mark.parametrize(
+    ("decision", "answers", "attempts"),
+    [
+        (["--forget"], (201, None), [1, 1]),
+        (["--release"], (201, None), [1, 2]),
+        (["--complete", "--status", "202", "--body-file", "-"], (202, b"from the books"), [1]),
+    ],
+    ids=["forgotten", "released", "completed"],
+)
+def test_an_operation_whose_worker_was_killed_is_freed_by_the_command(
+    pg_database: str,
+    tmp_path: Path,
+    gate: Gate,
+    decision: list[str],
+    answers: tuple[int, bytes | None],
+    attempts: list[int],
+) -> None:
+    """Until then retries are told that nobody knows; afterwards each gets one response."""
+    policy = SHORT_LEASE | {"outcomes": "hold_unknown"}
+    with open_shop(pg_database, tmp_path, policy=policy, workers=2) as shop:
+        kill_mid_handler(shop, gate)
+        assert code(shop.post("k")) == "OUTCOME_UNKNOWN"
+        listed = command(shop, "list", "--held")
+        assert "lapsed, held" in listed
+        assert shop.rows()[0]["key_digest"].hex() in listed
+        command(shop, "resolve", "k", *decision, "--reason", "ticket 4711")
+        first, second = shop.post("k"), shop.post("k")
+        status, body = answers
+        assert (first.status, second.status, second.body) == (status, status, first.body)
+        assert body in (None, first.body)
+        assert replayed(second)
+        assert replayed(first) is (body is not None)
+        assert shop.attempts("k") == attempts
+        assert ("ticket 4711" in command(shop, "show", "k")) is (shop.rows() != [])
+
+
+def command(shop: Shop, *arguments: str) -> str:
+    """Run the command as a person does; what it prints."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("wsgi-idempotency"), *arguments, "--database", shop.url],
+        input="from the books",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_worker_that_stood_still_while_a_reconciler_looks_completes_its_operation(
+    database: str, tmp_path: Path, gate: Gate
+) -> None:
+    """It was only slow. What it says is what counts, and nobody has to resolve anything."""
+    policy = SHORT_LEASE | {"outcomes": "hold_unknown"}
+    with open_shop(database, tmp_path, policy=policy, workers=2) as shop:
+        with background(shop.post, "k", at_gate(gate)) as slow:
+            first = gate.arrival()
+            with stopped(first.pid):
+                until(shop.has_lapsed)
+                store = SQLStore(database)
+                looks = Reconciler(store, lambda record: StillUnknown).walk()
+                store.close()
+                assert looks == {"still unknown": 1}
+                assert [row["state"] for row in shop.rows()] == ["held"]
+                assert code(shop.post("k")) == "OUTCOME_UNKNOWN"
+            first.let_pass()
+            response = slow()
+        assert (response.status, replayed(response)) == (201, False)
+        assert shop.post("k").body == response.body
+        assert shop.attempts("k") == [1]
 
 
 @pytest.mark.parametrize(

@@ -657,11 +657,11 @@ def test_reconcile_goes_on_until_it_is_told_to_stop(
 @pytest.mark.parametrize(
     ("verdict", "said"),
     [
-        ("apps.verdicts", "'apps.verdicts' is not like module:function"),
-        (":answer", "is not like module:function"),
+        ("apps.verdicts", "it is 'apps.verdicts'; use module:name"),
+        (":answer", "use module:name"),
         ("no_such_module:answer", "no_such_module can't be imported: No module named"),
-        ("apps.verdicts:no_such", "apps.verdicts has no function no_such"),
-        ("apps.verdicts:looks", "apps.verdicts has no function looks"),
+        ("apps.verdicts:no_such", "apps.verdicts has no no_such"),
+        ("apps.verdicts:looks", "apps.verdicts:looks can't be called"),
     ],
     ids=["no function", "no module", "a module that isn't there", "a function that isn't there",
          "no function at all"],

@@ -14,17 +14,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from http import HTTPStatus
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
 from wsgi_idempotency.checkup import span
 from wsgi_idempotency.cli_options import EXIT_INTERRUPTED, database_option, seconds, store_of
-from wsgi_idempotency.errors import NotResolvable
+from wsgi_idempotency.errors import ConfigurationError, NotResolvable
 from wsgi_idempotency.reconciler import FAILED, Reconciler, summary
 from wsgi_idempotency.records import Lapse, State, StoredResponse
 from wsgi_idempotency.scope import printable
+from wsgi_idempotency.settings import load
 from wsgi_idempotency.stores.resolving import (
     MAX_RESPONSE_BYTES,
     Details,
@@ -455,18 +455,14 @@ def sentence(text: str) -> str:
 
 def verdict_of(ctx: click.Context, param: click.Parameter, value: str) -> Any:
     """The function that ``module:function`` names; modules are found where one stands, too."""
-    module, colon, name = value.partition(":")
-    if not (module and colon and name):
-        raise click.BadParameter(f"{value!r} is not like module:function", ctx, param)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = import_module(module)
-    except ImportError as exc:
-        raise click.BadParameter(f"{module} can't be imported: {exc}", ctx, param) from exc
-    verdict = getattr(found, name, None)
+        verdict = load("it", value)
+    except ConfigurationError as exc:
+        raise click.BadParameter(str(exc), ctx, param) from exc
     if not callable(verdict):
-        raise click.BadParameter(f"{module} has no function {name}", ctx, param)
+        raise click.BadParameter(f"{value} can't be called", ctx, param)
     return verdict
 
 
