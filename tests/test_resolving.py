@@ -542,15 +542,23 @@ def refusing(url: str, event: str, table: str, sqlstate: str = "P0001") -> Itera
     query(url, "DROP FUNCTION refuse() CASCADE")
 
 
-def test_a_record_that_can_not_be_written_leaves_the_operation_as_it_was(
-    database: str, store: SQLStore, resolver: Resolver
+@pytest.mark.parametrize("refused", ["the record", "the change"])
+@each_action
+def test_a_row_and_its_record_change_together_or_not_at_all(
+    database: str, store: SQLStore, resolver: Resolver, action: Resolution, refused: str
 ) -> None:
     claim = held(store)
-    with refusing(database, "INSERT", "idempotency_resolutions"):
-        for action in Resolution:
-            with pytest.raises(StoreUnavailable, match="refused"):
-                resolve(resolver, claim, action)
-            assert (row(store, claim).state, row(store, claim).token) == (State.HELD, claim.token)
+    event, table = "INSERT", "idempotency_resolutions"
+    if refused == "the change":
+        event, table = "DELETE" if action is FORGET else "UPDATE", "idempotency_keys"
+    with (
+        refusing(database, event, table),
+        pytest.raises(StoreUnavailable, match="refused"),
+    ):
+        resolve(resolver, claim, action)
+    assert (row(store, claim).state, row(store, claim).token) == (State.HELD, claim.token)
+    assert audit(database) == []
+    store.renew([(claim.digest, claim.token, 1.0)])  # nobody is locked out
 
 
 @pytest.mark.parametrize("sqlstate", ["40001", "P0001"])
