@@ -420,11 +420,12 @@ def test_a_person_who_resolves_while_the_verdict_thinks_is_heard(
 
 
 def test_each_operation_is_judged_once_a_walk_however_soon_it_is_due_again(
-    store: SQLStore, monkeypatch: pytest.MonkeyPatch
+    database: str, store: SQLStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A walk ends, also where verdicts take longer than looks are put off."""
     monkeypatch.setattr(reconciler_module, "_PAGE", 2)
-    monkeypatch.setattr(reconciler_module, "backoff", lambda age: 0.0)
+    # The least by which SQLite's clock, in milliseconds, is past the walk's beginning.
+    monkeypatch.setattr(reconciler_module, "backoff", lambda age: 0.002)
     for number in range(3):
         held_and_due(store, f"key {number}")
     stop = threading.Event()
@@ -440,6 +441,7 @@ def test_each_operation_is_judged_once_a_walk_however_soon_it_is_due_again(
     for times in (1, 2):
         reconciler.walk(stop=stop)
         assert sorted(asked.values()) == [times] * 3
+        come_due(database)
     assert reconciler.counts == {"still unknown": 6}
 
 
