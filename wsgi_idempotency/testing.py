@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import pytest
 
+from wsgi_idempotency.crashing import CrashPoint, crash_at
 from wsgi_idempotency.errors import StoreUnavailable
 from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State
 from wsgi_idempotency.stores.base import Store
@@ -53,7 +54,7 @@ from wsgi_idempotency.stores.base import Store
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = ["StoreConformance", "make_claim"]
+__all__ = ["CrashPoint", "StoreConformance", "crash_at", "make_claim"]
 
 #: Workers in a race. More than the cores of a small machine, so that they interrupt each other.
 WORKERS = 4
