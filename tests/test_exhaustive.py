@@ -32,6 +32,7 @@ from exhaustive.database import (
     record,
 )
 from exhaustive.search import Found, Search
+from exhaustive.transactions import TransactionSearch
 
 from wsgi_idempotency import (
     Policy,
@@ -134,6 +135,79 @@ def test_every_promise_holds_in_every_state(
     record_property("states", found.states)
     assert found.violation is None, told(found)
     assert found.states > 300
+
+
+def mixed(*transactions: bool, **options: Any) -> list[Client]:
+    """Clients in transaction mode, and clients with leases."""
+    rules = {flag: policy(transaction=flag, **options) for flag in (False, True)}
+    return [Client(number, rules[flag]) for number, flag in enumerate(transactions)]
+
+
+TRANSACTIONS: dict[str, dict[str, Any]] = {
+    "2 transactions, 2 crashes, 2 answers lost": {
+        "clients": mixed(True, True),
+        "ends": (CREATED, REFUSED, FAILED, RAISES),
+        "crashes": 2,
+        "losses": 2,
+    },
+    "2 transactions that wait": {
+        "clients": mixed(True, True, wait=1),
+        "ends": (CREATED, FAILED),
+    },
+    "3 transactions": {"clients": mixed(True, True, True), "ends": (CREATED, FAILED)},
+    "a transaction and a lease": {"clients": mixed(True, False), "ends": (CREATED, FAILED)},
+    "a transaction and 2 leases": {
+        "clients": mixed(True, False, False),
+        "ends": (CREATED, FAILED),
+        "crashes": 0,
+        "losses": 0,
+    },
+    "2 transactions and a lease": {
+        "clients": mixed(True, True, False),
+        "ends": (CREATED, FAILED),
+        "losses": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", TRANSACTIONS)
+def test_every_promise_holds_in_transaction_mode_too(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is written is recorded, and what is recorded is written, in every state."""
+    began = time.monotonic()
+    found = TransactionSearch(**TRANSACTIONS[name]).run()
+    took = time.monotonic() - began
+    with capsys.disabled():
+        print(f"\n{name}: {found.states:,} states, {found.steps:,} steps in {took:.1f} s", end=" ")
+    assert found.violation is None, told(found)
+    assert found.states > 700
+
+
+@pytest.mark.parametrize(
+    ("without", "promise"),
+    [
+        (("locks",), "prompt"),
+        (("locks", "inserts_first"), "P1"),
+        (("writes_within",), "P10"),
+        (("waits_for_the_lock",), "P10"),
+    ],
+    ids=[
+        "the lock: duplicates wait in the primary key for a handler",
+        "the lock and the row: two handlers run",
+        "the connection: what is written is not what is recorded",
+        "the wait for a lost COMMIT: who was told of nothing is charged",
+    ],
+)
+def test_what_is_taken_out_of_a_transaction_is_missed(
+    without: tuple[str, ...], promise: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = dict.fromkeys(without, False)
+    found = TransactionSearch(mixed(True, True), (CREATED, FAILED), **taken).run()
+    with capsys.disabled():
+        print("", f"without {without}:", *found.trace, sep="\n    ", end=" ")
+    assert found.violation is not None
+    assert found.violation.promise == promise
 
 
 # ---------------------------------------------------------------------- what it finds

@@ -7,4 +7,6 @@
 ``search``
     all states that clients, crashes, clocks and lost answers can bring about, breadth
     first, and the promises that hold in each of them.
+``transactions``
+    the same in transaction mode, and where both modes meet under one key.
 """

@@ -19,8 +19,15 @@ from typing import Any
 from unittest import mock
 
 from exhaustive.database import Granted, Result, Row, Wanted, bytes_of, record
-from wsgi_idempotency import IdempotencyMiddleware, MemoryStore, Policy, everyone, middleware
-from wsgi_idempotency.errors import AnswerLost
+from wsgi_idempotency import (
+    IdempotencyMiddleware,
+    MemoryStore,
+    Policy,
+    SQLStore,
+    everyone,
+    middleware,
+)
+from wsgi_idempotency.errors import AnswerLost, CommitUnknown, StoreUnavailable
 from wsgi_idempotency.records import Claim, Claimed, Completion, Record
 
 # What a client asks. A question is a tuple whose first item is one of these.
@@ -37,6 +44,13 @@ HANDLER = "run the handler"
 STREAM = "send the rest"
 ANSWERED = "answered"
 
+# In transaction mode.
+BEGIN = "begin"
+TAKE_OVER_WITHIN = "take over, within the transaction"
+WRITE = "write, within the transaction"
+COMMIT = "commit"
+ROLLBACK = "roll back"
+
 Question = tuple[Any, ...]
 
 #: Questions that are statements of the store.
@@ -46,6 +60,8 @@ STATEMENTS = frozenset({CLAIM, TAKE_OVER, LOOKUP, COMPLETE, RELEASE, FORGET, HOL
 LOST = "the answer is lost"
 INTERRUPTED = "an interrupt comes instead of the answer"
 NO_THREAD = "no thread can be started"
+UNDONE = "the connection was lost before the commit"
+UNKNOWN = "whether it was committed can't be told"
 
 # How a handler may end.
 CREATED = "201 Created"
@@ -95,9 +111,10 @@ class Client:
         self.payload = payload
         self.lapse = policy.lapse.value
         self._threads_fail = threads_fail
-        self._middleware = IdempotencyMiddleware(
-            self._app, MemoryStore(), scope=everyone, policy=policy
-        )
+        self.transacts = policy.transaction
+        # Never asked: each run has a store of its own.
+        store = SQLStore("sqlite:///nothing.db", create=False) if self.transacts else MemoryStore()
+        self._middleware = IdempotencyMiddleware(self._app, store, scope=everyone, policy=policy)
         self._run: _Run
         self._loop: dict[bool, Node] = {}
         self.nodes = 0
@@ -105,14 +122,15 @@ class Client:
         self.ended = Node(self, (), (ANSWERED,))
         self.dead = Node(self, (), (ANSWERED,))
         self.gave_up = Node(self, (), (ANSWERED,))
+        self.told_undone = Node(self, (), (ANSWERED,))
 
     def node(self, answers: tuple[Any, ...]) -> Node:
         node = self._replay(answers)
-        if node.question[0] != CLAIM:
+        if node.question[0] not in (CLAIM, BEGIN):
             return node
         # The loop of the claim begins anew. It knows nothing of its earlier rounds but
         # whether it has begun to wait: what differs in the claim itself is asked and compared.
-        waits = SLEEP in self._run.asked
+        waits = SLEEP in self._run.asked or node.question[-1] is True
         first = self._loop.setdefault(waits, node)
         assert first.question == node.question
         return first
@@ -128,7 +146,7 @@ class Client:
         except _NotYet:
             assert run.open is not None
             return Node(self, answers, run.open, run.kept, tuple(run.duties))
-        except (RuntimeError, _Interrupt) as exc:
+        except (RuntimeError, _Interrupt, AnswerLost) as exc:
             told = (ANSWERED, None, str(exc), False)
         return Node(self, answers, told, run.kept, tuple(run.duties))
 
@@ -165,7 +183,10 @@ class Client:
     def _app(self, environ: Any, start_response: Any) -> Iterable[bytes]:
         """The handler: its answer says which client's it was."""
         run = self._run
-        end = run.ask(HANDLER, environ["wsgi_idempotency.operation"].attempt)
+        operation = environ["wsgi_idempotency.operation"]
+        if self.transacts:
+            operation.connection(run)
+        end = run.ask(HANDLER, operation.attempt)
         if end == RAISES:
             raise RuntimeError("the handler raises")
         body = bytes([self.number])
@@ -222,6 +243,10 @@ class _Run:
         self.asked.append(question[0])
         if answer == LOST:
             raise AnswerLost(answer)
+        if answer == UNDONE:
+            raise StoreUnavailable(answer)
+        if answer == UNKNOWN:
+            raise CommitUnknown(answer)
         if answer == INTERRUPTED:
             raise _Interrupt(answer)
         return answer
@@ -279,6 +304,12 @@ class _Run:
         assert token == self._token
         return self.ask(HOLD)  # type: ignore[no-any-return]
 
+    def begin(
+        self, claim: Claim, *, isolation_level: str | None = None, wait: float = 0.0
+    ) -> _Transaction | None:
+        entered = self.ask(BEGIN, self._wanted(claim), wait > 0)
+        return None if entered is None else _Transaction(self, entered)
+
     def _wanted(self, claim: Claim) -> Wanted:
         assert claim.token == self._token
         assert claim.lapse.value == self._lapse
@@ -318,3 +349,31 @@ class _Run:
             self.duties.append((asked.args[0], undo))
         finally:
             self._looking = False
+
+
+class _Transaction:
+    """A transaction as the middleware sees it, and its connection as the handler does."""
+
+    def __init__(self, run: _Run, entered: Granted | Row) -> None:
+        self._run = run
+        granted = isinstance(entered, Granted)
+        self.claimed = Claimed(entered.attempt) if granted else None
+        self.seen = None if granted else record(entered)
+
+    def connection(self, run: _Run) -> None:
+        """The handler's write."""
+        run.ask(WRITE)
+
+    def take_over(self, claim: Claim, seen: Record) -> Claimed | None:
+        answer = self._run.ask(TAKE_OVER_WITHIN, self._run._wanted(claim), seen.token[0])
+        return None if answer is None else Claimed(answer.attempt)
+
+    def complete(self, completion: Completion) -> None:
+        result = Result(completion.status, completion.body, completion.not_replayable)
+        self._run.ask(COMMIT, result)
+
+    def rollback(self) -> None:
+        self._run.ask(ROLLBACK)
+
+    def conflicted(self, exc: BaseException | None) -> bool:
+        return False

@@ -14,7 +14,7 @@ import gc
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from exhaustive import clients as asked
 from exhaustive.clients import Client, Node, Question
@@ -43,11 +43,26 @@ class Standing(NamedTuple):
     """
 
     node: Node
-    looked: bool = False
+    looked: Any = False
     asks_again: bool = False
     fate: str = NOTHING
     lapsed: bool = False
     duties: tuple[tuple[Question, bool], ...] = ()
+
+
+class Open(NamedTuple):
+    """A transaction on the server.
+
+    :param row: the row as only it sees it, once it has changed it.
+    :param connected: its client may still say something.
+    :param committing: COMMIT is on its way.
+    """
+
+    client: int
+    row: Row | None = None
+    wrote: bool = False
+    connected: bool = True
+    committing: bool = False
 
 
 class Situation(NamedTuple):
@@ -56,6 +71,9 @@ class Situation(NamedTuple):
     :param crashes: how many workers may still be killed.
     :param losses: how many answers may still be lost.
     :param on_their_way: statements nobody waits for any more.
+    :param open: transactions that have not ended on the server.
+    :param written: whose application's writes have been committed in transaction mode.
+    :param recorded: whose responses have.
     """
 
     row: Row | None
@@ -63,6 +81,9 @@ class Situation(NamedTuple):
     crashes: int
     losses: int
     on_their_way: tuple[tuple[int, Question], ...] = ()
+    open: tuple[Open, ...] = ()
+    written: tuple[int, ...] = ()
+    recorded: tuple[int, ...] = ()
 
 
 #: Who, what, and a detail of it.
@@ -153,6 +174,8 @@ class Search:
         if now.row is not None:
             yield from self._clocks(now, now.row)
         for n, (i, question) in enumerate(now.on_their_way):
+            if self._blocked(now, i, question):
+                continue
             self._trying = step = i, "takes effect late", question
             row, clients, _ = self._effect(now.row, now.clients, i, question, runs=False)
             others = now.on_their_way[:n] + now.on_their_way[n + 1 :]
@@ -198,15 +221,16 @@ class Search:
                     on_their_way=tuple(sent for sent in now.on_their_way if sent[0] != i),
                 ),
             )
-        if expired(row):
+        if expired(row) and not _uncommitted(now):
             yield (None, "a purge deletes the row", i), now._replace(row=None)
 
     def _steps_of(self, now: Situation, i: int, standing: Standing) -> _Steps:
         node, row = standing.node, now.row
-        if row is not None and row.lapsed and _renews(standing):
+        if row is not None and row.lapsed and _renews(standing) and not _uncommitted(now):
             yield from self._renewal(now, i, standing, row)
         for n, (question, undo) in enumerate(standing.duties):
-            yield from self._duty(now, i, standing, n, question, undo)
+            if not self._blocked(now, i, question):
+                yield from self._duty(now, i, standing, n, question, undo)
         kind = node.question[0]
         if kind is asked.ANSWERED:
             if standing.duties and now.crashes:
@@ -218,13 +242,16 @@ class Search:
             for answer in self.ends if kind is asked.HANDLER else _CHOICES[kind]:
                 yield from self._answered(now, i, standing, answer)
             return
+        if kind in self._TRANSACTED:
+            yield from self._transacted(now, i, standing)
+            return
         if kind is asked.CLAIM and not standing.looked:
             if row is None:
                 looked = _with(now.clients, i, standing._replace(looked=True))
                 yield (i, "takes a snapshot without a row", kind), now._replace(clients=looked)
             else:
                 yield from self._answered(now, i, standing, look(row, i))
-        else:
+        elif not self._blocked(now, i, node.question):
             yield from self._statement(now, i, standing)
         if now.losses:
             yield from self._losses(now, i, standing)
@@ -250,7 +277,7 @@ class Search:
         fewer = now._replace(losses=now.losses - 1)
         for answer in (asked.LOST, asked.INTERRUPTED) if self.interrupts else (asked.LOST,):
             yield from self._answered(fewer._replace(on_their_way=on_the_way), i, standing, answer)
-        if standing.asks_again:
+        if standing.asks_again or self._blocked(now, i, question):
             return
         self._trying = step = i, "has effect, unheard, and is asked again", question
         row, clients, _ = self._effect(now.row, now.clients, i, question)
@@ -313,11 +340,32 @@ class Search:
         duties = standing.duties + node.duties[len(before.duties) :]
         after = Standing(node, fate=fate, lapsed=standing.lapsed, duties=duties)
         if node.question[0] is asked.HANDLER:
-            self._check_begin(now.row, i, after)
+            self._check_begin(now, i, after)
         elif node.question[0] is asked.ANSWERED:
-            self._check_answer(now.row, i, kind, answer, node.question)
-            after = _at_the_end(after._replace(node=self.clients[i].ended))
+            self._check_answer(node, i, kind, answer)
+            ended = self.clients[i].told_undone if answer == asked.UNDONE else self.clients[i].ended
+            after = _at_the_end(after._replace(node=ended))
         yield step, now._replace(clients=_with(now.clients, i, after))
+
+    # ------------------------------------------------------------ transaction mode
+
+    _TRANSACTED: ClassVar[frozenset[str]] = frozenset()  # see transactions.py
+
+    def _transacted(self, now: Situation, i: int, standing: Standing) -> _Steps:
+        raise NotImplementedError
+
+    def _blocked(self, now: Situation, i: int, question: Question) -> bool:
+        """Whether a statement waits for the end of a transaction that has changed the row:
+        one that would insert it, or change the version of it that everybody sees."""
+        if not now.open or not _uncommitted(now):
+            return False
+        kind = question[0]
+        if kind is asked.CLAIM:
+            return now.row is None
+        if kind is asked.LOOKUP or kind not in asked.STATEMENTS:
+            return False
+        token = question[2] if kind is asked.TAKE_OVER else i
+        return now.row is not None and now.row.token == token
 
     # ------------------------------------------------------------ effects and promises
 
@@ -391,21 +439,22 @@ class Search:
             return clients
         return _with(clients, i, clients[i]._replace(fate=RUNNING, lapsed=False))
 
-    def _check_begin(self, row: Row | None, i: int, standing: Standing) -> None:
+    def _check_begin(self, now: Situation, i: int, standing: Standing) -> None:
         """A handler begins: under its claim, unless its worker has been paused past its lease
         between the two, which no statement can rule out."""
+        row = now.row
+        if any(mine.client == i for mine in now.open):
+            return
         if row is not None and row.token == i and row.state == CLAIMED:
             return
         if not standing.lapsed or self.clients[i].lapse == "hold":
             self._broken("P1", f"client {i} runs its handler without a claim")
 
-    def _check_answer(
-        self, row: Row | None, i: int, kind: str, answer: Any, told: Question
-    ) -> None:
-        _, status, body, replayed = told
+    def _check_answer(self, node: Node, i: int, kind: str, answer: Any) -> None:
+        _, status, body, replayed = node.question
         if replayed:
-            seen = answer
-            if seen.state != COMPLETED or seen.result.body != body:
+            seen = [found for found in node.answers if isinstance(found, Row)][-1]
+            if seen.state != COMPLETED or seen.result is None or seen.result.body != body:
                 self._broken("P4", f"client {i} is told what is not recorded")
             if seen.fingerprint != self.clients[i].start.question[1].fingerprint:
                 self._broken("P4", f"client {i} is told the response to another payload")
@@ -416,6 +465,8 @@ class Search:
         """Nobody can do anything any more."""
         self._trying = None, "the end", None
         row = now.row
+        for mine in now.open:
+            self._broken("crash-safe", f"client {mine.client} has left its transaction open")
         if row is None or row.state != CLAIMED:
             return
         if now.clients[row.token].node is self.clients[row.token].ended:
@@ -438,6 +489,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 def _with(clients: tuple[Standing, ...], i: int, standing: Standing) -> tuple[Standing, ...]:
     return (*clients[:i], standing, *clients[i + 1 :])
+
+
+def _uncommitted(now: Situation) -> bool:
+    return any(transaction.row is not None for transaction in now.open)
 
 
 def _renews(standing: Standing) -> bool:
