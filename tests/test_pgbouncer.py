@@ -3,10 +3,13 @@ statements."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,4 +223,34 @@ def test_a_statement_that_is_given_up_is_cancelled_behind_the_pooler(
         until(lambda: query(direct, waiting)[0]["count"] == 0)
         other.execute("ROLLBACK")
     assert store.release(CLAIM.digest, CLAIM.token)
+    store.close()
+
+
+def test_no_statement_is_ever_taken_for_another(
+    postgres_server: PostgresServer, direct: str
+) -> None:
+    """Prepared statements through a pooler that knows nothing of them: what is asked is done,
+    or refused. Hold, release and forget take the same parameters."""
+    store = SQLStore(direct)
+    with PgBouncer(("127.0.0.1", postgres_server.port), pool_size=3) as pooler:
+
+        def client(number: int) -> int:
+            pooled = SQLStore(through(pooler, direct), pool_size=1)
+            done = 0
+            for action, state in itertools.islice(
+                itertools.cycle([("hold", "held"), ("forget", None), ("release", "released")]),
+                number,
+                number + 30,
+            ):
+                claim = replace(CLAIM, digest=os.urandom(32), token=os.urandom(16))
+                store.claim(claim)
+                with suppress(StoreUnavailable):
+                    assert getattr(pooled, action)(claim.digest, claim.token)
+                    row = store.lookup(claim.digest)
+                    assert (None if row is None else row.state.value) == state
+                    done += 1
+            pooled.close()
+            return done
+
+        assert sum(at_once(6, client)) > 0
     store.close()

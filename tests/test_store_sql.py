@@ -360,3 +360,24 @@ def test_a_file_whose_writer_does_not_end_is_waited_for_no_longer_than_a_stateme
         store.check()
     writer.close()
     store.close()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["own engine", "given engine"])
+def test_a_prepared_statement_is_named_after_its_text(pg_database, given):
+    """By psycopg's numbers, a pooler would mix up those of two clients."""
+    engine = sqlalchemy.create_engine(pg_database)
+    store = SQLStore(engine if given else pg_database)
+    claim = new_claim()
+    store.claim(claim)
+    assert store.hold(claim.digest, claim.token)
+    with store.engine.connect() as connection:
+        driver = connection.connection.driver_connection
+        rows = driver.execute("SELECT name, statement FROM pg_prepared_statements").fetchall()
+        assert len(rows) >= 3
+        assert all(name.startswith("wsgi_idempotency_") for name, _ in rows)
+        assert len({name for name, _ in rows}) == len(rows)
+        driver.pgconn.exec_(b"DEALLOCATE ALL")
+    with pytest.raises(StoreUnavailable, match="prepare=False"):
+        store.hold(claim.digest, claim.token)
+    store.close()
+    engine.dispose()

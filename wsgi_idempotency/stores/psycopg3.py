@@ -10,13 +10,18 @@ Imported only with a PostgreSQL store, since psycopg is an extra.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Generator
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
+from psycopg._preparing import Prepare, PrepareManager
 from psycopg.waiting import Ready
+
+if TYPE_CHECKING:
+    from psycopg._queries import PostgresQuery
 
 _T = TypeVar("_T")
 
@@ -61,3 +66,29 @@ def _bounded(gen: Generator[Any, Any, _T], seconds: float) -> Generator[Any, Any
         return value
     finally:
         gen.close()
+
+
+class _NamedByContent(PrepareManager):
+    """Names a prepared statement after its text.
+
+    psycopg numbers them, connection by connection. A pooler in transaction mode that knows
+    nothing of prepared statements binds one client's parameters to another client's
+    statement of the same number: a HOLD becomes a FORGET, which takes the same parameters,
+    and nobody is told. Under a name that is its text's, what runs is what was asked, or
+    an error.
+    """
+
+    def get(self, query: PostgresQuery, prepare: bool | None = None) -> tuple[Prepare, bytes]:
+        found, name = super().get(query, prepare)
+        if found is Prepare.SHOULD:
+            text = query.query + repr(query.types).encode()
+            name = b"wsgi_idempotency_" + hashlib.sha256(text).hexdigest()[:32].encode()
+        return found, name
+
+
+def name_by_content(connection: Any) -> None:
+    """Name what a new connection will prepare after its text."""
+    manager = _NamedByContent()
+    manager.prepare_threshold = connection.prepare_threshold
+    manager.prepared_max = connection.prepared_max
+    connection._prepared = manager

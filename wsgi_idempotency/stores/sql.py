@@ -466,8 +466,9 @@ class SQLStore:
         and ``tcp_user_timeout``.
     :param pool_size: connections a process keeps at most. A connection is held for one
         statement, never while the application runs.
-    :param prepare: use server-side prepared statements. Switch off behind a PgBouncer
-        older than 1.21 in transaction mode, which doesn't carry them over.
+    :param prepare: use server-side prepared statements. Switch off behind a PgBouncer in
+        transaction mode that is older than 1.21 or has no ``max_prepared_statements``: it
+        doesn't carry them over, and requests are refused with 503.
     :param max_transactions: requests in transaction mode that a process serves at most at
         once; each has a connection of its own, besides ``pool_size``, while the application
         runs. One more waits for ``timeout`` and is then refused. With an Engine its own
@@ -719,6 +720,11 @@ class SQLStore:
             return SchemaError(self._upgrade_hint("The schema is missing or old"))
         sqlstate = sqlstate_of(exc) or "no SQLSTATE"
         said = f"{self!r} refused: {_first_line(exc)} ({sqlstate})"
+        if sqlstate in _NOT_PREPARED:
+            return StoreUnavailable(
+                f"{said}. Is there a PgBouncer in transaction mode without"
+                " max_prepared_statements? Then use SQLStore(url, prepare=False)"
+            )
         if isinstance(exc, self.engine.dialect.loaded_dbapi.DataError) or sqlstate in _TOO_BIG:
             return NotStorable(said)
         return StoreUnavailable(said)
@@ -741,6 +747,7 @@ class SQLStore:
             **options,
         )
         event.listen(engine, "do_connect", self._connect_bounded)
+        event.listen(engine, "connect", _name_by_content)
         return engine
 
     def _engine_with(self, **options: Any) -> Engine:
@@ -852,7 +859,16 @@ def _with_own_pool(engine: Engine) -> Engine:
     With the application's, handlers that hold them all would keep the heartbeat from
     renewing their own claims, and a broken one of ours would cost it its whole pool.
     """
-    return Engine(engine.pool.recreate(), engine.dialect, engine.url)
+    own = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+    if engine.dialect.name == "postgresql":
+        event.listen(own, "connect", _name_by_content)
+    return own
+
+
+def _name_by_content(connection: Any, record: object) -> None:
+    from wsgi_idempotency.stores.psycopg3 import name_by_content
+
+    name_by_content(connection)
 
 
 def _usable(engine: Engine) -> URL:
@@ -922,6 +938,9 @@ def database_url(database: str | URL) -> URL:
 SERIALIZATION = frozenset({"40001", "40P01"})
 # undefined_table, undefined_column, invalid_schema_name.
 _NO_SCHEMA = frozenset({"42P01", "42703", "3F000"})
+
+# invalid_sql_statement_name, duplicate_prepared_statement.
+_NOT_PREPARED = frozenset({"26000", "42P05"})
 
 # program_limit_exceeded, and internal_error: "invalid memory alloc request size".
 _TOO_BIG = frozenset({"54000", "XX000"})
