@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,11 @@ from wsgi_idempotency.schema import upgrade
 # How long an example takes says something of this machine's other load, and nothing of ours.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
+
+# A shell starts what it puts into the background with SIGINT ignored, and so would every
+# command be that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: The version of the server that a test ran on, as a property of its report.
 PROPERTY = "postgresql"
