@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from servers.postgres import PostgresServer
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from werkzeug.test import Client, TestResponse
+from werkzeug.test import Client, TestResponse, create_environ
 from werkzeug.wrappers import Request, Response
 
 from wsgi_idempotency import (
@@ -1125,3 +1126,89 @@ def test_a_child_serves_transactions_of_its_own(pg_shop: OpenShop) -> None:
     assert os.waitpid(pid, 0)[1] == 0
     assert shop.post("parent-again", query_string={"amount": "3"}).status_code == 201
     assert shop.amounts() == [1, 2, 3]
+
+
+# ---------------------------------------------------------------------- corners
+
+
+def test_the_application_may_commit_what_is_in_no_transaction_of_ours(pg_shop: OpenShop) -> None:
+    """On another connection of the same engine."""
+
+    def auditing(environ: Any, start_response: Any) -> Any:
+        with current_operation.connection.engine.begin() as connection:
+            connection.execute(text("INSERT INTO charges (amount) VALUES (7)"))
+        return Response("sorry", 400)(environ, start_response)
+
+    shop = pg_shop(auditing)
+    assert shop.post().status_code == 400
+    assert (shop.amounts(), shop.rows()) == ([7], [])
+
+
+def test_a_schema_that_has_gone_is_said_so(
+    pg_shop: OpenShop, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop = pg_shop(charging)
+    assert shop.post("one").status_code == 201
+    with shop.engine.begin() as connection:
+        connection.execute(text("DROP TABLE idempotency_keys"))
+    refused = shop.post("two")
+    assert (refused.status_code, code(refused)) == (503, "STORE_UNAVAILABLE")
+    assert "wsgi-idempotency upgrade" in caplog.text
+    assert shop.amounts() == [1]
+
+
+@pytest.mark.parametrize("what", ["RETURN NULL", "RAISE 'no' USING ERRCODE = '40001'"])
+def test_a_claim_that_never_gets_a_stable_answer_runs_nothing(pg_shop: OpenShop, what: str) -> None:
+    shop = pg_shop(charging)
+    with shop.engine.begin() as connection:
+        connection.execute(
+            text(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+                f" $$ BEGIN {what}; END $$"
+            )
+        )
+        connection.execute(
+            text(
+                "CREATE TRIGGER refuse BEFORE INSERT ON idempotency_keys"
+                " FOR EACH ROW EXECUTE FUNCTION refuse()"
+            )
+        )
+    refused = shop.post()
+    assert (refused.status_code, code(refused)) == (503, "STORE_UNAVAILABLE")
+    assert shop.amounts() == []
+
+
+def test_an_interrupt_while_the_key_is_claimed_leaves_nothing(pg_shop: OpenShop) -> None:
+    shop = pg_shop(charging)
+    assert shop.post("one").status_code == 201
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with shop.engine.begin() as connection:
+            connection.execute(text("LOCK TABLE idempotency_keys"))
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                shop.post("two")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert shop.post("two", query_string={"amount": "2"}).status_code == 201
+    assert shop.amounts() == [1, 2]
+
+
+def test_a_server_that_will_not_answer_changes_nothing_of_what_is_done(
+    open_shop: OpenShop,
+) -> None:
+    """It is committed, and the retry gets it."""
+    shop = open_shop(charging)
+    environ = create_environ("/charges", method="POST", headers={"Idempotency-Key": "k"})
+
+    def failing(status: str, headers: Any, exc_info: Any = None) -> Any:
+        raise OSError("the client is gone")
+
+    with pytest.raises(OSError, match="the client is gone"):
+        shop.middleware(environ, failing)
+    assert shop.post().headers["Idempotency-Replayed"] == "true"
+    assert shop.amounts() == [1]

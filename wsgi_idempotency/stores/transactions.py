@@ -198,8 +198,6 @@ class SQLTransaction:
             raise self._translated(exc.orig) from exc
         except StoreError:
             raise
-        except SQLAlchemyError as exc:
-            raise TransactionFailed(f"it can't be ended: {exc}") from exc
         except BaseException:
             # A greenlet killed or a thread interrupted in the middle of a round trip.
             self._connection.invalidate()
