@@ -308,7 +308,10 @@ class _Run:
         self, claim: Claim, *, isolation_level: str | None = None, wait: float = 0.0
     ) -> _Transaction | None:
         entered = self.ask(BEGIN, self._wanted(claim), wait > 0)
-        return None if entered is None else _Transaction(self, entered)
+        if entered is None:
+            self._now += wait  # it was for nothing
+            return None
+        return _Transaction(self, entered)
 
     def _wanted(self, claim: Claim) -> Wanted:
         assert claim.token == self._token

@@ -84,7 +84,7 @@ class TransactionSearch(Search):
         if now.losses:
             lost = _cut_off(now, i)._replace(losses=now.losses - 1)
             yield from self._answered(lost, i, standing, asked.UNDONE)
-        _, wanted, waits = standing.node.question
+        wanted = standing.node.question[1]
         if not standing.looked:
             looked = standing._replace(looked=(now.row,))
             step = i, "takes a snapshot", now.row
