@@ -205,6 +205,15 @@ def undone() -> Log:
     )
 
 
+def held_unrun(*windows: Window) -> Log:
+    """A claim that is held though no handler began under it."""
+    lost = [granted(1, "nobody", HELD, at=8.0), ended(2, "nobody", "held", HELD, at=9.0)]
+    return replace(
+        killed(HELD), executions=[], transitions=lost, windows=list(windows),
+        rows=[row("held", identity=HELD, lapse="hold")],
+    )  # fmt: skip
+
+
 SOUND: dict[str, Callable[[], Log]] = {
     "one run, replayed": once,
     "one run under a policy that holds": lambda: once(HELD),
@@ -214,6 +223,9 @@ SOUND: dict[str, Callable[[], Log]] = {
     "a killed worker whose operation is held": lambda: killed(HELD),
     "a worker aborted before its handler's success was recorded": aborted,
     "a claim that was made in vain, and undone": undone,
+    "a worker aborted between its claim and its handler": lambda: held_unrun(
+        Window(what="worker aborted", started=8.5, ended=8.5, pid=1)
+    ),
 }
 
 
@@ -320,6 +332,7 @@ WRONG: dict[str, tuple[str, Callable[[], Log]]] = {
         SETTLED,
         lambda: edited(once(), executions=first(token=None)),
     ),
+    "an operation that is held and never ran": (SETTLED, held_unrun),
     "a run without a claim": (CLAIMED, lambda: edited(once(), executions=also(run("x")))),
     "an unprotected run": (
         CLAIMED,

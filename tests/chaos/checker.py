@@ -178,7 +178,12 @@ def rows_are_settled_by_who_holds_them(view: _View) -> Found:
             action = ENDS[change.after]
             runs = view.by_token.get(change.token_before, [])
             if not runs:
-                if action in (STORE, HOLD):
+                # A worker aborted between its claim and its handler can't know that it hasn't run.
+                aborted = any(
+                    window.what in ABORTS and window.meets(change.at - SLACK, change.at)
+                    for window in view.log.windows
+                )
+                if action == STORE or (action == HOLD and not aborted):
                     yield identity, f"{action} of a claim that nothing ran under: {change}"
                 continue
             holder = runs[0]
