@@ -381,3 +381,16 @@ def test_a_prepared_statement_is_named_after_its_text(pg_database, given):
         store.hold(claim.digest, claim.token)
     store.close()
     engine.dispose()
+
+
+def test_a_statement_that_failed_when_it_was_prepared_can_be_asked_again(pg_database):
+    """psycopg doesn't remember it then, and the server does."""
+    store = SQLStore(pg_database, pool_size=1)
+    raise_on(pg_database, "INSERT", "22000")
+    for _ in range(2):
+        with pytest.raises(NotStorable, match="refused"):
+            store.claim(new_claim())
+    with psycopg.connect(libpq(pg_database), autocommit=True) as connection:
+        connection.execute("DROP TRIGGER refuse ON idempotency_keys")
+    assert isinstance(store.claim(new_claim()), Claimed)
+    store.close()

@@ -82,7 +82,10 @@ class _NamedByContent(PrepareManager):
         found, name = super().get(query, prepare)
         if found is Prepare.SHOULD:
             text = query.query + repr(query.types).encode()
-            name = b"wsgi_idempotency_" + hashlib.sha256(text).hexdigest()[:32].encode()
+            # psycopg's number stays: a statement that failed is prepared anew, and the server
+            # still has the first.
+            digest = hashlib.sha256(text).hexdigest()[:32]
+            name = b"wsgi_idempotency_%s%s" % (digest.encode(), name.removeprefix(b"_pg3"))
         return found, name
 
 
