@@ -25,10 +25,12 @@ from wsgi_idempotency import (
 )
 from wsgi_idempotency.crashing import CrashPoint, crash_at
 
+LEASE = 1800  # seconds; the first retry comes when all workers have died, which takes long
+
 MODES = {
-    "store_success": Policy(outcomes=store_success),
-    "store_everything": Policy(outcomes=store_everything),
-    "hold_unknown": Policy(outcomes=hold_unknown),
+    "store_success": Policy(outcomes=store_success, lease=LEASE),
+    "store_everything": Policy(outcomes=store_everything, lease=LEASE),
+    "hold_unknown": Policy(outcomes=hold_unknown, lease=LEASE),
     # The server notices by itself that a worker is dead, but not in no time.
     "transaction": Policy(transaction=True, wait=30),
 }
