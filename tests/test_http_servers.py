@@ -14,6 +14,7 @@ from apps.shop import Shop, at_gate, code, open_shop, replayed, until
 from servers.http import IN_PROCESS, Connection, Response, chunked, request_bytes
 
 from wsgi_idempotency import IdempotencyMiddleware, SQLStore, everyone
+from wsgi_idempotency.schema import upgrade
 
 GUNICORNS = {
     "gunicorn sync": {"workers": 2},
@@ -33,6 +34,7 @@ def shop(
     """The ledger under one server after the other, for tests that use keys of their own."""
     folder = tmp_path_factory.mktemp("shop")
     url = f"sqlite:///{folder / 'keys.db'}"
+    upgrade(url)  # there are tests that look before the first request has made the schema
     if request.param in GUNICORNS:
         with open_shop(url, folder, **GUNICORNS[request.param]) as shop:
             yield shop
