@@ -41,9 +41,14 @@ def test_no_promise_is_broken_whatever_breaks(
 def test_a_store_that_does_not_check_the_token_is_seen(tmp_path: Path) -> None:
     """The same harness on a build in which whoever ends an operation ends it for whoever holds
     the claim: workers that stood still overwrite who took over from them."""
-    result = run(stops(SEED, 6), tmp_path, broken="unfenced")
-    seen = {violation.rule for violation in result.violations}
-    assert seen & {"rows are settled by who holds them", "rows change hands as they may"}
+    expected = {"rows are settled by who holds them", "rows change hands as they may"}
+    for seed in range(SEED, SEED + 5):  # on a busy machine there may be nobody to take over
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        result = run(stops(seed, 6), folder, broken="unfenced")
+        if expected & {violation.rule for violation in result.violations}:
+            return
+    pytest.fail("nothing was seen")
 
 
 def test_five_seconds_without_the_database_lose_nothing_and_repeat_nothing(
