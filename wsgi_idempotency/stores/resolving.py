@@ -10,10 +10,8 @@ the digest reads the table once.
 from __future__ import annotations
 
 import enum
-import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +25,8 @@ from wsgi_idempotency.stores.sql import (
     SQLStore,
     _Run,
     _storable,
+    immediately,
+    response_params,
     sqlstate_of,
 )
 
@@ -381,28 +381,17 @@ class _SQLite:
     BACK_OFF = _BACK_OFF.format(digest=":digest", token=":token", until=_LITE_UNTIL)
 
     def resolve(self, run: _Run, action: Resolution, params: Mapping[str, Any]) -> bool:
-        with _immediately(run):
+        with immediately(run):
             if run(_LITE_AUDIT, params).rowcount != 1:
                 return False
             run(_LITE_CHANGE[action], params)
             return True
 
     def take_up(self, run: _Run, params: Mapping[str, Any]) -> Any:
-        with _immediately(run):
+        with immediately(run):
             if run(self.TAKE_UP, params).rowcount != 1:
                 return None
             return run(self.DETAILS, params).fetchone()
-
-
-@contextmanager
-def _immediately(run: _Run) -> Iterator[None]:
-    run("BEGIN IMMEDIATE", {})
-    try:
-        yield
-        run("COMMIT", {})
-    except BaseException:
-        run("ROLLBACK", {})
-        raise
 
 
 # ---------------------------------------------------------------------- the operator's side
@@ -517,10 +506,7 @@ class Resolver:
             "status": None,
         }
         if response is not None:
-            completion = completion_of(response, max_response_bytes)
-            params["status"] = _storable(completion.status)
-            params["headers"] = json.dumps(completion.headers, separators=(",", ":"))
-            params["body"] = completion.body
+            params |= response_params(completion_of(response, max_response_bytes))
 
         def work(run: _Run) -> bool:
             # The second look is for a first one whose answer was lost.

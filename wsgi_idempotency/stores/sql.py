@@ -18,8 +18,8 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -77,6 +77,16 @@ _PG_EXPIRED = """(
     AND (state IN ('completed', 'released')
          OR (state = 'claimed' AND lapse = 'release' AND lease_until <= now())))"""
 
+# A claim of a fresh key; what it is selected from says whether there is one.
+_PG_NEW_ROW = """INSERT INTO idempotency_keys (
+        created_at, lease_until, expires_at, attempt, fingerprint_version, key_digest,
+        claim_token, fingerprint, state, lapse, scope, idempotency_key, method, path)
+    SELECT
+        now(), now() + make_interval(secs => %(lease)s),
+        now() + make_interval(secs => %(retention)s), 1, %(fingerprint_version)s::smallint,
+        %(digest)s, %(token)s, %(fingerprint)s, 'claimed', %(lapse)s, %(scope)s, %(key)s,
+        %(method)s, %(path)s"""
+
 # One round trip for a fresh key and for a replay. It looks first, so that a replay
 # writes nothing: no row lock, no WAL. Two that insert at once meet in the primary key:
 # the second waits for the first's commit and then does nothing. If that row was
@@ -87,14 +97,7 @@ _PG_CLAIM = f"""
 WITH seen AS (
     SELECT {_PG_RECORD} FROM idempotency_keys WHERE key_digest = %(digest)s
 ), won AS (
-    INSERT INTO idempotency_keys (
-        created_at, lease_until, expires_at, attempt, fingerprint_version, key_digest,
-        claim_token, fingerprint, state, lapse, scope, idempotency_key, method, path)
-    SELECT
-        now(), now() + make_interval(secs => %(lease)s),
-        now() + make_interval(secs => %(retention)s), 1, %(fingerprint_version)s::smallint,
-        %(digest)s, %(token)s, %(fingerprint)s, 'claimed', %(lapse)s, %(scope)s, %(key)s,
-        %(method)s, %(path)s
+    {_PG_NEW_ROW}
     WHERE NOT EXISTS (SELECT FROM seen)
     ON CONFLICT (key_digest) DO NOTHING
     RETURNING attempt
@@ -114,14 +117,7 @@ WITH lock AS MATERIALIZED (
 ), seen AS (
     SELECT {_PG_RECORD} FROM idempotency_keys WHERE key_digest = %(digest)s
 ), won AS (
-    INSERT INTO idempotency_keys (
-        created_at, lease_until, expires_at, attempt, fingerprint_version, key_digest,
-        claim_token, fingerprint, state, lapse, scope, idempotency_key, method, path)
-    SELECT
-        now(), now() + make_interval(secs => %(lease)s),
-        now() + make_interval(secs => %(retention)s), 1, %(fingerprint_version)s::smallint,
-        %(digest)s, %(token)s, %(fingerprint)s, 'claimed', %(lapse)s, %(scope)s, %(key)s,
-        %(method)s, %(path)s
+    {_PG_NEW_ROW}
     FROM lock WHERE lock.mine AND NOT EXISTS (SELECT FROM seen)
     ON CONFLICT (key_digest) DO NOTHING
     RETURNING attempt
@@ -438,17 +434,25 @@ class _SQLite:
 
     def renew(self, run: _Run, claims: list[tuple[bytes, bytes, float]]) -> set[bytes]:
         kept = set()
-        run("BEGIN IMMEDIATE", {})
-        try:
+        with immediately(run):
             for digest, token, lease in claims:
                 params = {"digest": digest, "token": token, "lease": lease}
                 if run(_LITE_RENEW, params).rowcount == 1:
                     kept.add(token)
-            run("COMMIT", {})
-        except BaseException:
-            run("ROLLBACK", {})
-            raise
         return kept
+
+
+@contextmanager
+def immediately(run: _Run) -> Iterator[None]:
+    """Several statements of SQLite's as one transaction, which has the write lock from its
+    beginning."""
+    run("BEGIN IMMEDIATE", {})
+    try:
+        yield
+        run("COMMIT", {})
+    except BaseException:
+        run("ROLLBACK", {})
+        raise
 
 
 class SQLStore:
@@ -628,8 +632,7 @@ class SQLStore:
         try:
             connection = self.transactions.connect()
         except (SQLAlchemyError, self._driver_error) as exc:
-            reason = exc.orig if isinstance(exc, DBAPIError) else exc
-            raise StoreUnavailable(f"{self!r} can't be reached: {_first_line(reason)}") from exc
+            raise self._unreachable(exc) from exc
         driver = connection.connection.driver_connection
         self._sql.ready(driver, isolation_level, max(wait, self._timeout))
         return connection
@@ -701,8 +704,11 @@ class SQLStore:
             connection = engine.connect()
             return connection, connection.connection.driver_connection
         except (SQLAlchemyError, self._driver_error) as exc:
-            reason = exc.orig if isinstance(exc, DBAPIError) else exc
-            raise StoreUnavailable(f"{self!r} can't be reached: {_first_line(reason)}") from exc
+            raise self._unreachable(exc) from exc
+
+    def _unreachable(self, exc: Exception) -> StoreUnavailable:
+        reason = exc.orig if isinstance(exc, DBAPIError) else exc
+        return StoreUnavailable(f"{self!r} can't be reached: {_first_line(reason)}")
 
     @property
     def _driver_error(self) -> type[Exception]:
@@ -979,10 +985,16 @@ def completion_params(digest: bytes, token: bytes, completion: Completion) -> di
     return {
         "digest": digest,
         "token": token,
+        "reason": completion.not_replayable,
+        **response_params(completion),
+    }
+
+
+def response_params(completion: Completion) -> dict[str, Any]:
+    return {
         "status": _storable(completion.status),
         "headers": json.dumps(completion.headers, separators=(",", ":")),
         "body": completion.body,
-        "reason": completion.not_replayable,
     }
 
 

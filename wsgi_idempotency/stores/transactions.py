@@ -28,7 +28,12 @@ from wsgi_idempotency.errors import (
     TransactionFailed,
 )
 from wsgi_idempotency.records import Claim, Claimed, Completion, Record
-from wsgi_idempotency.stores.sql import SERIALIZATION, completion_params, sqlstate_of
+from wsgi_idempotency.stores.sql import (
+    SERIALIZATION,
+    _first_line,
+    completion_params,
+    sqlstate_of,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
@@ -211,7 +216,7 @@ class SQLTransaction:
             self._driver.seconds = seconds
 
     def _translated(self, exc: Any) -> StoreError:
-        store, said = self._store, str(exc).split("\n")[0]
+        store, said = self._store, _first_line(exc)
         sqlstate = sqlstate_of(exc) or ""
         if store._is_disconnect(exc, self._driver):
             self._connection.invalidate()
