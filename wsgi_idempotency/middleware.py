@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from werkzeug.exceptions import HTTPException
@@ -329,8 +329,7 @@ class _Request:
         :raises StoreError: the store could not say.
         """
         store = self.middleware.store
-        wait = _Wait(self.middleware.waiting, self.policy.wait_seconds)
-        try:
+        with _Wait(self.middleware.waiting, self.policy.wait_seconds, self.tell) as wait:
             while True:
                 with self._undoing(claim, store.forget):
                     answer = store.claim(claim)
@@ -348,17 +347,12 @@ class _Request:
                             return claim, taken
                 elif not (isinstance(decision, protocol.InFlight) and wait.a_little()):
                     raise self._refusal(decision)
-        finally:
-            wait.over()
-            if wait.seconds is not None:
-                self.tell("waited", seconds=wait.seconds)
 
     def _enter(self, claim: Claim) -> tuple[Claim, Claimed | protocol.Replay, Transaction | None]:
         """As :meth:`_obtain`, with the transaction in which the operation is to run."""
         store = cast("TransactionalStore", self.middleware.store)
-        wait = _Wait(self.middleware.waiting, self.policy.wait_seconds)
         patience = 0.0
-        try:
+        with _Wait(self.middleware.waiting, self.policy.wait_seconds, self.tell) as wait:
             while True:
                 transaction = store.begin(
                     claim, isolation_level=self.policy.isolation_level, wait=patience
@@ -378,10 +372,6 @@ class _Request:
                     return claim, standing, transaction
                 if standing is not None:
                     return claim, standing, None
-        finally:
-            wait.over()
-            if wait.seconds is not None:
-                self.tell("waited", seconds=wait.seconds)
 
     def _stand(
         self, transaction: Transaction, claim: Claim, wait: _Wait
@@ -504,6 +494,21 @@ class _Request:
 
     # ------------------------------------------------------------ what becomes of it
 
+    def capture(self, operation: Operation, **passing: Any) -> Capture:
+        """Make everything ready for the handler, and for its answer.
+
+        :param passing: what to do about an answer that is not held back.
+        """
+        self.environ[ENVIRON_KEY] = operation
+        self.body.hand_on()
+        return Capture(
+            limit=self.policy.max_response_bytes,
+            start_response=self.start_response,
+            operation=operation,
+            running=running,
+            **passing,
+        )
+
     def action(self, outcome: Outcome, operation: Operation) -> Action:
         try:
             return protocol.settle(outcome, self.policy.outcomes, operation.overrule)
@@ -577,13 +582,8 @@ class _Execution:
 
     def run(self) -> Iterable[bytes]:
         request = self._request
-        request.environ[ENVIRON_KEY] = self._operation
-        request.body.hand_on()
-        capture = Capture(
-            limit=request.policy.max_response_bytes,
-            start_response=request.start_response,
-            operation=self._operation,
-            running=running,
+        capture = request.capture(
+            self._operation,
             before_first_byte=self._before_first_byte,
             after_last_byte=self._after_last_byte,
         )
@@ -707,14 +707,7 @@ class _Transacted:
 
     def run(self) -> Iterable[bytes]:
         request = self._request
-        request.environ[ENVIRON_KEY] = self._operation
-        request.body.hand_on()
-        capture = Capture(
-            limit=request.policy.max_response_bytes,
-            start_response=request.start_response,
-            operation=self._operation,
-            running=running,
-        )
+        capture = request.capture(self._operation)
         try:
             answer = capture.run(request.middleware.app, request.environ)
             assert isinstance(answer, Whole)
@@ -788,17 +781,21 @@ class _Transacted:
 
 
 class _Wait:
-    """A duplicate's patience: bounded in time, and in how many have any at once."""
+    """A duplicate's patience: bounded in time, and in how many have any at once.
 
-    def __init__(self, places: threading.BoundedSemaphore | None, seconds: float) -> None:
+    :param tell: told afterwards how long it has waited, if it has.
+    """
+
+    def __init__(
+        self,
+        places: threading.BoundedSemaphore | None,
+        seconds: float,
+        tell: Callable[..., None],
+    ) -> None:
         self._places = places
         self._patience = seconds
+        self._tell = tell
         self._started: float | None = None
-
-    @property
-    def seconds(self) -> float | None:
-        """How long it has waited, or None."""
-        return None if self._started is None else time.monotonic() - self._started
 
     def left(self) -> float:
         """Take a place, and say how many seconds are left; 0 when there is none to be had."""
@@ -811,12 +808,17 @@ class _Wait:
     def a_little(self) -> bool:
         """Sleep until the next look; False when there is nothing to wait for any more."""
         left = self.left()
-        time.sleep(min(_LOOK_EVERY, left))
+        if left:
+            time.sleep(min(_LOOK_EVERY, left))
         return left > 0
 
-    def over(self) -> None:
+    def __enter__(self) -> _Wait:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
         if self._started is not None and self._places is not None:
             self._places.release()
+            self._tell("waited", seconds=time.monotonic() - self._started)
 
 
 _BODY_CODES = {
