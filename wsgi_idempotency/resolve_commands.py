@@ -316,6 +316,15 @@ def said(ctx: click.Context, param: click.Parameter, value: str | None) -> str |
     return value
 
 
+max_body_option = click.option(
+    "--max-body-bytes",
+    type=click.IntRange(min=0),
+    default=MAX_RESPONSE_BYTES,
+    show_default=True,
+    help="Refuse a larger body.",
+)
+
+
 @click.command()
 @database_option
 @key_argument
@@ -340,13 +349,7 @@ def said(ctx: click.Context, param: click.Parameter, value: str | None) -> str |
     callback=header_fields,
     help="With --complete: a header field; may be given several times.",
 )
-@click.option(
-    "--max-body-bytes",
-    type=click.IntRange(min=0),
-    default=MAX_RESPONSE_BYTES,
-    show_default=True,
-    help="Refuse a larger body.",
-)
+@max_body_option
 @click.option("--reason", required=True, metavar="TEXT", callback=said, help="Why, for the record.")
 @click.option(
     "--actor",
@@ -491,13 +494,7 @@ def verdict_of(ctx: click.Context, param: click.Parameter, value: str) -> Any:
     show_default=True,
     help="Seconds a verdict may take until somebody else may look.",
 )
-@click.option(
-    "--max-body-bytes",
-    type=click.IntRange(min=0),
-    default=MAX_RESPONSE_BYTES,
-    show_default=True,
-    help="Refuse a larger body.",
-)
+@max_body_option
 @click.option(
     "--actor", metavar="NAME", callback=said, help="Who decides.  [default: reconciler@host]"
 )
