@@ -8,7 +8,7 @@ import pwd
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import pytest
 from apps.shop import query
 from click.testing import CliRunner, Result
 from servers.http import TESTS
-from servers.postgres import Postgres
 from unresolved import OVER, age_rows, held, lapsed
 from werkzeug.test import Client
 
@@ -25,33 +24,9 @@ from wsgi_idempotency import IdempotencyMiddleware, Policy, SQLStore, by_remote_
 from wsgi_idempotency.cli import main
 from wsgi_idempotency.records import Claim, Completion, Lapse, State
 from wsgi_idempotency.stores.resolving import Resolver
-from wsgi_idempotency.stores.tables import metadata
 from wsgi_idempotency.testing import make_claim
 
 DONE = Completion("200 OK", (), b"by its worker")
-
-
-@pytest.fixture(scope="module")
-def server_database(postgres: Postgres, schema_template: str) -> Iterator[str]:
-    """One for all tests here, since to make and drop one takes longer than a test."""
-    url = postgres.create_database(schema_template)
-    yield url
-    postgres.drop_database(url)
-
-
-@pytest.fixture
-def pg_database(on_postgresql: None, server_database: str) -> str:
-    for table in metadata.tables:
-        query(server_database, f"TRUNCATE {table}")
-    return server_database
-
-
-@pytest.fixture
-def store(database: str) -> Iterator[SQLStore]:
-    store = SQLStore(database)
-    store.check()
-    yield store
-    store.close()
 
 
 @pytest.fixture

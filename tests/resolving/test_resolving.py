@@ -14,7 +14,6 @@ from typing import Any
 import psycopg
 import pytest
 from apps.shop import at_once, query
-from servers.postgres import Postgres
 from sqlalchemy.engine import make_url
 from unresolved import OVER, age_rows, held, lapsed
 
@@ -36,7 +35,6 @@ from wsgi_idempotency.records import (
     StoredResponse,
 )
 from wsgi_idempotency.stores.resolving import Details, Resolution, Resolver, completion_of
-from wsgi_idempotency.stores.tables import metadata
 from wsgi_idempotency.testing import make_claim, until
 
 FORGET, RELEASE, COMPLETE = Resolution.FORGET, Resolution.RELEASE, Resolution.COMPLETE
@@ -45,29 +43,6 @@ HOUR = 3600.0
 
 RESPONSE = StoredResponse("201 Made It", (("Location", "/1"), ("Link", "<2>")), b"\x00made")
 DONE = Completion("200 OK", (), b"by its worker")
-
-
-@pytest.fixture(scope="module")
-def server_database(postgres: Postgres, schema_template: str) -> Iterator[str]:
-    """One for all tests here, since to make and drop one takes longer than a test."""
-    url = postgres.create_database(schema_template)
-    yield url
-    postgres.drop_database(url)
-
-
-@pytest.fixture
-def pg_database(on_postgresql: None, server_database: str) -> str:
-    for table in metadata.tables:
-        query(server_database, f"TRUNCATE {table}")
-    return server_database
-
-
-@pytest.fixture
-def store(database: str) -> Iterator[SQLStore]:
-    store = SQLStore(database)
-    store.check()
-    yield store
-    store.close()
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ import pytest
 from apps.gate import Gate
 from apps.shop import query
 from servers.http import TESTS
-from servers.postgres import Postgres
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
 from unresolved import OVER, age_rows, held, lapsed
@@ -48,36 +47,12 @@ from wsgi_idempotency.records import (
     StoredResponse,
 )
 from wsgi_idempotency.stores.resolving import Details, Resolution, Resolver
-from wsgi_idempotency.stores.tables import metadata
 from wsgi_idempotency.testing import make_claim, until
 
 COMMAND = Path(sys.executable).with_name("wsgi-idempotency")
 
 RESPONSE = StoredResponse("201 Made It", (("Location", "/1"), ("Date", "today")), b"\x00made")
 DONE = Completion("200 OK", (), b"by its worker")
-
-
-@pytest.fixture(scope="module")
-def server_database(postgres: Postgres, schema_template: str) -> Iterator[str]:
-    """One for all tests here, since to make and drop one takes longer than a test."""
-    url = postgres.create_database(schema_template)
-    yield url
-    postgres.drop_database(url)
-
-
-@pytest.fixture
-def pg_database(on_postgresql: None, server_database: str) -> str:
-    for table in metadata.tables:
-        query(server_database, f"TRUNCATE {table}")
-    return server_database
-
-
-@pytest.fixture
-def store(database: str) -> Iterator[SQLStore]:
-    store = SQLStore(database)
-    store.check()
-    yield store
-    store.close()
 
 
 Arrange = Callable[..., Claim]
