@@ -885,7 +885,7 @@ def through_proxy(
     assert upstream.port is not None
     address = (upstream.host, upstream.port)
     with CommitProxy(address, cut, then_deaf=then_deaf) as proxy:
-        url = upstream.set(port=proxy.port).render_as_string(hide_password=False)
+        url = upstream.set(port=proxy.address[1]).render_as_string(hide_password=False)
         proxied = pg_shop(charging, store_options={"timeout": timeout}, url=url)
         proxied.engine = shop.engine
         yield proxied

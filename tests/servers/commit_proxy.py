@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import selectors
 import socket
-import threading
-from types import TracebackType
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, final
+
+from servers.proxy import ThreadingProxy
 
 
 @final
-class CommitProxy:
+class CommitProxy(ThreadingProxy):
     """Forwards to PostgreSQL; connections are cut at their COMMIT.
 
     :param upstream: host and port of the server.
@@ -28,56 +30,22 @@ class CommitProxy:
         cuts: int = 1,
         then_deaf: bool = False,
     ) -> None:
-        self._upstream = upstream
+        super().__init__(upstream)
         self._cut = cut
         self._cuts = cuts
         self._then_deaf = then_deaf
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._wake, self._woken = socket.socketpair()
-        self._threads = [threading.Thread(target=self._accept)]
-
-    @property
-    def port(self) -> int:
-        port: int = self._listener.getsockname()[1]
-        return port
-
-    def __enter__(self) -> CommitProxy:
-        self._threads[0].start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._wake.send(b"\0")  # nobody reads it: readable for every thread
-        for thread in self._threads:
-            thread.join()
-        for sock in (self._listener, self._wake, self._woken):
-            sock.close()
 
     @property
     def _deaf(self) -> bool:
         return self._then_deaf and not self._cuts
 
-    def _accept(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
-            while self._woken not in [key.fileobj for key, _ in selector.select()]:
-                client, _ = self._listener.accept()
-                if self._deaf:
-                    client.close()
-                    continue
-                thread = threading.Thread(target=self._carry, args=(client,))
-                self._threads.append(thread)
-                thread.start()
+    def carrier(self, client: socket.socket) -> Callable[[], None]:
+        return client.close if self._deaf else partial(self._carry, client)
 
     def _carry(self, client: socket.socket) -> None:
         with (
             client,
-            socket.create_connection(self._upstream) as server,
+            socket.create_connection(self.upstream) as server,
             contextlib.suppress(ConnectionError),
             selectors.DefaultSelector() as selector,
         ):

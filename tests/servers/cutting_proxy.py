@@ -6,10 +6,12 @@ import contextlib
 import selectors
 import socket
 import struct
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
+from functools import partial
 from typing import final
+
+from servers.proxy import ThreadingProxy
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Conversation:
 
 
 @final
-class CuttingProxy:
+class CuttingProxy(ThreadingProxy):
     """Forwards to a server; its first connections are reset once upstream has answered.
 
     The request reaches the server and the server's answer reaches the proxy, so the
@@ -47,51 +49,18 @@ class CuttingProxy:
     """
 
     def __init__(self, upstream: tuple[str, int], *, cuts: int = 1) -> None:
-        self.upstream = upstream
+        super().__init__(upstream)
         self.conversations: list[Conversation] = []
         self._cuts = cuts
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._wake, self._woken = socket.socketpair()
-        self._threads: list[threading.Thread] = []
-        self._accepting = threading.Thread(target=self._accept, name="cutting-proxy")
 
     @property
     def url(self) -> str:
-        host, port = self._listener.getsockname()
-        return f"http://{host}:{port}"
+        return "http://{}:{}".format(*self.address)
 
-    def __enter__(self) -> CuttingProxy:
-        self._accepting.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # One byte that nobody reads: readable for every thread, accepting or carrying.
-        self._wake.send(b"\0")
-        self._accepting.join()
-        for thread in self._threads:
-            thread.join()
-        for sock in (self._listener, self._wake, self._woken):
-            sock.close()
-
-    def _accept(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in selector.select()]
-                if self._woken in ready:
-                    return
-                client, _ = self._listener.accept()
-                conversation = Conversation(cut=len(self.conversations) < self._cuts)
-                self.conversations.append(conversation)
-                thread = threading.Thread(target=self._carry, args=(client, conversation))
-                thread.start()
-                self._threads.append(thread)
+    def carrier(self, client: socket.socket) -> Callable[[], None]:
+        conversation = Conversation(cut=len(self.conversations) < self._cuts)
+        self.conversations.append(conversation)
+        return partial(self._carry, client, conversation)
 
     def _carry(self, client: socket.socket, conversation: Conversation) -> None:
         with (
