@@ -19,7 +19,9 @@ from apps.shop import (
     background,
     code,
     expect_one,
+    kill_mid_handler,
     open_shop,
+    post_in_vain,
     replayed,
     until,
 )
@@ -27,22 +29,6 @@ from apps.shop import (
 from wsgi_idempotency import Reconciler, SQLStore, StillUnknown
 
 SHORT_LEASE = {"lease": 1}
-
-
-def post_in_vain(shop: Shop, *headers: tuple[str, str]) -> None:
-    """Send a request whose answer never comes."""
-    with pytest.raises(ConnectionError):
-        shop.post("k", *headers)
-
-
-def kill_mid_handler(shop: Shop, gate: Gate) -> None:
-    """Kill a worker by SIGKILL while its handler runs, and wait for the end of its lease."""
-    with background(post_in_vain, shop, at_gate(gate)) as lost:
-        os.kill(gate.arrival().pid, signal.SIGKILL)
-        lost()
-    [row] = shop.rows()
-    assert row["state"] == "claimed"
-    until(shop.has_lapsed)
 
 
 def test_one_of_50_racers_takes_over_from_a_killed_worker(

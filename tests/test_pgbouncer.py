@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
+import psycopg
 import pytest
 from apps.gate import Gate
 from apps.shop import (
-    Shop,
     at_gate,
     at_once,
     background,
     code,
     expect_one,
+    kill_mid_handler,
     open_shop,
     query,
     replayed,
@@ -32,8 +31,8 @@ from sqlalchemy.engine import make_url
 
 from wsgi_idempotency import SQLStore
 from wsgi_idempotency.errors import StoreUnavailable
-from wsgi_idempotency.records import Claim, Lapse
 from wsgi_idempotency.schema import upgrade
+from wsgi_idempotency.testing import make_claim
 
 pytestmark = pytest.mark.skipif(find_pgbouncer() is None, reason=MISSING)
 
@@ -132,17 +131,6 @@ def test_exactly_one_waiter_runs_when_the_first_fails(
         assert shop.attempts("k") == [1, 2]
 
 
-def kill_mid_handler(shop: Shop, gate: Gate) -> None:
-    def post_in_vain() -> None:
-        with pytest.raises(ConnectionError):
-            shop.post("k", at_gate(gate))
-
-    with background(post_in_vain) as lost:
-        os.kill(gate.arrival().pid, signal.SIGKILL)
-        lost()
-    until(shop.has_lapsed)
-
-
 def test_a_killed_worker_is_held_or_overtaken_once(
     pooler: PgBouncer, direct: str, prepare: bool, tmp_path: Path, gate: Gate
 ) -> None:
@@ -163,40 +151,23 @@ def test_a_killed_worker_is_held_or_overtaken_once(
                 assert shop.attempts("k") == [1, 2]
 
 
-CLAIM = Claim(
-    digest=b"d" * 32,
-    token=b"t" * 16,
-    fingerprint=b"f",
-    fingerprint_version=1,
-    scope="everyone",
-    key="k",
-    method="POST",
-    path="/",
-    lease=60.0,
-    retention=3600.0,
-    lapse=Lapse.RELEASE,
-)
-
-
 @pytest.mark.parametrize("prepare", [False], ids=["unprepared"], indirect=True)
 def test_an_exhausted_pooler_refuses_in_bounded_time(
     pooler: PgBouncer, postgres_server: PostgresServer, direct: str
 ) -> None:
     """Two transactions of somebody else's occupy both its connections."""
     url = through(pooler, direct)
-    store = SQLStore(url, prepare=False, timeout=1.0)
+    store, claim = SQLStore(url, prepare=False, timeout=1.0), make_claim()
     store.check()
-    import psycopg
-
     plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(plain) as one, psycopg.connect(plain) as two:
         one.execute("SELECT 1")
         two.execute("SELECT 1")
         started = time.monotonic()
         with pytest.raises(StoreUnavailable):
-            store.claim(CLAIM)
+            store.claim(claim)
         assert time.monotonic() - started < 5
-    assert store.claim(CLAIM) is not None
+    assert store.claim(claim) is not None
     store.close()
 
 
@@ -206,8 +177,8 @@ def test_a_statement_that_is_given_up_is_cancelled_behind_the_pooler(
 ) -> None:
     """It waits for a lock: after the time-out nobody waits any more, so that the pooler has its
     connection back."""
-    store = SQLStore(through(pooler, direct), prepare=False, timeout=1.0)
-    store.claim(CLAIM)
+    store, claim = SQLStore(through(pooler, direct), prepare=False, timeout=1.0), make_claim()
+    store.claim(claim)
     database = make_url(direct).database
     waiting = (
         "SELECT count(*) FROM pg_stat_activity"
@@ -218,11 +189,11 @@ def test_a_statement_that_is_given_up_is_cancelled_behind_the_pooler(
         other.execute("UPDATE idempotency_keys SET attempt = 7")
         started = time.monotonic()
         with pytest.raises(StoreUnavailable):
-            store.release(CLAIM.digest, CLAIM.token)
+            store.release(claim.digest, claim.token)
         assert time.monotonic() - started < 5
         until(lambda: query(direct, waiting)[0]["count"] == 0)
         other.execute("ROLLBACK")
-    assert store.release(CLAIM.digest, CLAIM.token)
+    assert store.release(claim.digest, claim.token)
     store.close()
 
 
@@ -242,7 +213,7 @@ def test_no_statement_is_ever_taken_for_another(
                 number,
                 number + 30,
             ):
-                claim = replace(CLAIM, digest=os.urandom(32), token=os.urandom(16))
+                claim = make_claim(os.urandom(8).hex())
                 store.claim(claim)
                 with suppress(StoreUnavailable):
                     assert getattr(pooled, action)(claim.digest, claim.token)

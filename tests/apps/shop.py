@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from servers.http import Address, Connection, Gunicorn, Response
 from sqlalchemy import create_engine
 
@@ -222,3 +225,19 @@ def expect_one(responses: Iterable[Response]) -> Response:
 def at_gate(gate: Gate) -> tuple[str, str]:
     """The header field that makes a handler wait at a gate."""
     return "X-Gate", gate.address
+
+
+def post_in_vain(shop: Shop, *headers: tuple[str, str]) -> None:
+    """Send a request whose answer never comes."""
+    with pytest.raises(ConnectionError):
+        shop.post("k", *headers)
+
+
+def kill_mid_handler(shop: Shop, gate: Gate) -> None:
+    """Kill a worker by SIGKILL while its handler runs, and wait for the end of its lease."""
+    with background(post_in_vain, shop, at_gate(gate)) as lost:
+        os.kill(gate.arrival().pid, signal.SIGKILL)
+        lost()
+    [row] = shop.rows()
+    assert row["state"] == "claimed"
+    until(shop.has_lapsed)
