@@ -24,10 +24,14 @@ from wsgi_idempotency.schema import upgrade
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
-# A shell starts what it puts into the background with SIGINT ignored, and so would every
-# command be that a test starts and interrupts.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell starts what it puts into the background with SIGINT ignored, nohup with SIGHUP, and
+# so would every command be that a test starts and interrupts. What we handle it doesn't inherit.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, lambda *_: None),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 #: The version of the server that a test ran on, as a property of its report.
 PROPERTY = "postgresql"
