@@ -67,7 +67,6 @@ class SQLTransaction:
         self._driver: Any = connection.connection.driver_connection
         self._claim = claim
         self._conflict = False
-        self._rolled_back = False
         self._may_have_written = True
         self._over = False
         self.claimed: Claimed | None = None
@@ -104,7 +103,12 @@ class SQLTransaction:
             with self._speaking():
                 self._leave_savepoints()
                 if not self._record(completion):
-                    raise TransactionFailed("its claim is gone: the application rolled it back")
+                    # The claim went with what was written before.
+                    raise TransactionFailed(
+                        "the application rolled it back. To undo a part of it use"
+                        " connection.begin_nested(), or a Session with"
+                        ' join_transaction_mode="create_savepoint"'
+                    )
             self._commit()
         finally:
             self.rollback()
@@ -141,12 +145,6 @@ class SQLTransaction:
             raise TransactionFailed("the application closed its connection")
         if self._connection.invalidated:
             raise ConnectionLost(f"the connection to {self._store!r} was lost")
-        if self._rolled_back:
-            raise TransactionFailed(
-                "the application rolled it back. To undo a part of it use"
-                " connection.begin_nested(), or a Session with"
-                ' join_transaction_mode="create_savepoint"'
-            )
         while (savepoint := self._connection.get_nested_transaction()) is not None:
             savepoint.rollback()
 
@@ -240,7 +238,6 @@ def watch(engine: Engine, *, begin_immediate: bool) -> None:
     if begin_immediate:
         event.listen(engine, "begin", _begin_immediate)
     event.listen(engine, "commit", _refuse_commit)
-    event.listen(engine, "rollback", _note_rollback)
     event.listen(engine, "handle_error", _note_conflict)
 
 
@@ -262,12 +259,6 @@ def _refuse_commit(connection: Connection) -> None:
             " To commit a part of it use connection.begin_nested(), or a Session with"
             ' join_transaction_mode="create_savepoint"'
         )
-
-
-def _note_rollback(connection: Connection) -> None:
-    transaction = _joined(connection)
-    if transaction is not None:
-        transaction._rolled_back = True
 
 
 def _note_conflict(context: ExceptionContext) -> None:
