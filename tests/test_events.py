@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from werkzeug.test import Client
@@ -13,11 +16,13 @@ from wsgi_idempotency import (
     IdempotencyMiddleware,
     MemoryStore,
     Policy,
+    Route,
     everyone,
     hold_unknown,
 )
 from wsgi_idempotency.errors import ConfigurationError, StoreUnavailable
 from wsgi_idempotency.events import Observers
+from wsgi_idempotency.records import Claimed
 
 EVENT = Event(name="executed", method="POST", path="/pay")
 
@@ -80,18 +85,22 @@ class Shop:
         return [b"body"]
 
     def post(self, body=b"body", key="secret-key", path="/pay"):
-        """Send a request; returns what was told of it, without what is None."""
+        """Send a request; returns what was told of it, without what is None, and without how
+        long the store took."""
         self.told.clear()
         with contextlib.suppress(RuntimeError):
             self.client.post(path, data=body, headers={"Idempotency-Key": key}, buffered=True)
         for event in self.told:
             assert (event.method, event.path) == ("POST", path)
             assert "secret-key" not in repr(event)
+            # What is asked of the store needs the digest, and is timed.
+            assert (event.store_seconds is None) is (event.key_digest == "")
         return [
             {
                 name: value
                 for name, value in dataclasses.asdict(event).items()
-                if value is not None and name not in ("method", "path", "key_digest")
+                if value is not None
+                and name not in ("method", "path", "key_digest", "store_seconds")
             }
             for event in self.told
         ]
@@ -197,6 +206,147 @@ def test_an_end_that_could_not_be_recorded_is_told_with_the_run():
     shop.middleware.heartbeat.flush()
     assert (failure["name"], failure["attempt"]) == ("store_failure", 1)
     assert run == executed("store")
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [("/sales/7", "/sales/<int:number>"), ("/sales/8", "/sales/<int:number>"), ("/pay", None)],
+    ids=["a route's", "another of the same route", "the default policy's"],
+)
+def test_a_request_is_told_with_the_rule_of_its_route(path, route):
+    """Not with its path alone: of those there is no end."""
+    shop = Shop(routes=[Route("/sales/<int:number>", Policy())])
+    shop.post(path=path)
+    assert [event.route for event in shop.told] == [route]
+
+
+class Slow(MemoryStore):
+    """Takes its time, and knows how much it took."""
+
+    taken = 0.0
+
+    def claim(self, claim):
+        return self.slowly(super().claim, claim)
+
+    def complete(self, digest, token, completion):
+        return self.slowly(super().complete, digest, token, completion)
+
+    def slowly(self, call, *args):
+        started = time.monotonic()
+        while time.monotonic() < started + 0.02:
+            pass
+        answer = call(*args)
+        self.taken += time.monotonic() - started
+        return answer
+
+
+def test_the_time_that_the_store_took_is_told_apart_from_the_handler_s():
+    store = Slow()
+    shop = Shop(store)
+    for handler in (True, False):
+        store.taken = 0.0
+        started = time.monotonic()
+        shop.post()
+        elapsed = time.monotonic() - started
+        (event,) = shop.told
+        assert store.taken <= event.store_seconds
+        assert (event.seconds is not None) is handler
+        assert (event.seconds or 0.0) + event.store_seconds <= elapsed
+
+
+class Crowded(MemoryStore):
+    """Says when a second request has asked for a key."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked_again = threading.Event()
+
+    def claim(self, claim):
+        answer = super().claim(claim)
+        if not isinstance(answer, Claimed):
+            self.asked_again.set()
+        return answer
+
+
+class Patient:
+    """A handler that waits, and says that it does."""
+
+    def __init__(self):
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, environ, start_response):
+        self.entered.set()
+        assert self.go_on.wait(30)
+        start_response("201 Made It", [])
+        return [b"body"]
+
+
+def test_a_duplicate_that_waited_is_told_with_how_long():
+    """Once as it stops waiting, and with the decision that it waited for."""
+    told, store, handler = [], Crowded(), Patient()
+    middleware = IdempotencyMiddleware(
+        handler, store, scope=everyone, policy=Policy(wait=20), on_event=told.append
+    )
+
+    def post():
+        Client(middleware).post("/pay", headers={"Idempotency-Key": "k"}, buffered=True)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(post)
+        assert handler.entered.wait(30)
+        second = pool.submit(post)
+        assert store.asked_again.wait(30)
+        handler.go_on.set()
+        first.result()
+        second.result()
+    by_name = {event.name: event for event in told}
+    waited, replayed = by_name["waited"], by_name["replayed"]
+    assert 0 < waited.seconds == waited.waited_seconds == replayed.waited_seconds
+    assert replayed.store_seconds < 20
+    assert by_name["executed"].waited_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("name", "prevented", "final"),
+    [
+        ("executed", False, True),
+        ("replayed", True, True),
+        ("conflict", True, True),
+        ("held", True, True),
+        ("not_replayable", True, True),
+        ("mismatch", False, True),
+        ("refused", False, True),
+        ("unprotected", False, True),
+        ("waited", False, False),
+        ("taken_over", False, False),
+        ("lapsed", False, False),
+        ("fenced", False, False),
+        ("store_failure", False, False),
+        ("purged", False, False),
+    ],
+)
+def test_what_kept_a_handler_from_running_again_and_what_decided_a_request(name, prevented, final):
+    event = Event(name=name)
+    assert (event.prevented, event.final) == (prevented, final)
+    assert f"- ``{name}``:" in Event.__doc__
+
+
+def test_what_a_client_is_told_after_its_own_handler_ran_prevented_nothing():
+    """It was overtaken, and is sent the response of the one that counts."""
+    event = Event(name="replayed", attempt=1)
+    assert (event.prevented, event.final) == (False, False)
+
+
+def test_a_worker_that_was_overtaken_has_one_final_event():
+    class Losing(MemoryStore):
+        def complete(self, digest, token, completion):
+            self.forget(digest, token)
+            return super().complete(digest, token, completion)
+
+    shop = Shop(Losing())
+    assert [event["name"] for event in shop.post()] == ["fenced", "executed", "held"]
+    assert [event.final for event in shop.told] == [False, True, False]
+    assert [event.prevented for event in shop.told] == [False, False, False]
 
 
 def test_nobody_is_told_of_a_request_that_passes():

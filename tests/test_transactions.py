@@ -870,7 +870,7 @@ def test_a_commit_that_nobody_can_tell_of_is_sent_again(pg_shop: OpenShop) -> No
     assert (unknown.status_code, code(unknown)) == (503, "COMMIT_UNKNOWN")
     assert unknown.headers["X-Should-Retry"] == "true"
     assert shop.amounts() == [1]
-    assert [event.name for event in shop.events] == ["store_failure", "refused"]
+    assert [event.name for event in shop.events] == ["store_failure", "executed", "refused"]
     assert pg_shop(charging).post().headers["Idempotency-Replayed"] == "true"
 
 

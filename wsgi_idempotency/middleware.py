@@ -136,7 +136,7 @@ class IdempotencyMiddleware:
         for route in routes:
             if not isinstance(route, Route):
                 raise ConfigurationError(f"routes has {route!r}; use Route(rule, policy)")
-        self._routes = [(_matcher(route), route.policy) for route in routes]
+        self._routes = [(_matcher(route), route.policy, route.rule) for route in routes]
         policies = [policy, *(route.policy for route in routes)]
         self._methods = frozenset().union(*(p.methods for p in policies if p is not None))
         self._unjoined: set[int] = set()
@@ -149,23 +149,24 @@ class IdempotencyMiddleware:
             )
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        policy = self._policy_of(environ)
+        policy, rule = self._policy_of(environ)
         if policy is None:
             return self.app(environ, start_response)
-        return _Request(self, policy, environ, start_response).answer()
+        return _Request(self, policy, rule, environ, start_response).answer()
 
-    def _policy_of(self, environ: WSGIEnvironment) -> Policy | None:
+    def _policy_of(self, environ: WSGIEnvironment) -> tuple[Policy | None, str | None]:
+        """The policy of a request, and the rule of the route it is from, if it is from one."""
         method = environ["REQUEST_METHOD"].upper()
         if method not in self._methods:
-            return None
+            return None, None
         # Wrapped twice, the outer one protects. An operation that has ended protects nothing:
         # something outside sends the same environ again.
         around = environ.get(ENVIRON_KEY)
         if around is not None and not around.ended:
-            return None
-        matching = (policy for matches, policy in self._routes if matches(environ))
-        policy = next(matching, self.policy)
-        return policy if policy is not None and method in policy.methods else None
+            return None, None
+        matching = ((policy, rule) for matches, policy, rule in self._routes if matches(environ))
+        policy, rule = next(matching, (self.policy, None))
+        return (policy, rule) if policy is not None and method in policy.methods else (None, None)
 
     def warn_unjoined(self, policy: Policy, operation: Operation) -> None:
         """Once for each policy: an application that never asks for the connection can't have
@@ -201,17 +202,23 @@ class _Request:
         self,
         middleware: IdempotencyMiddleware,
         policy: Policy,
+        rule: str | None,
         environ: WSGIEnvironment,
         start_response: StartResponse,
     ) -> None:
         self.middleware = middleware
         self.policy = policy
+        self._rule = rule
         self.environ = environ
         self.start_response = start_response
         self.body = Body(environ, policy.max_request_bytes)
         self._method = environ["REQUEST_METHOD"].upper()
         self._path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         self._digest = ""
+        # For observers alone.
+        self._attempt: int | None = None
+        self._store_seconds: float | None = None
+        self._waited_seconds: float | None = None
 
     def answer(self) -> Iterable[bytes]:
         transaction: Transaction | None = None
@@ -329,10 +336,10 @@ class _Request:
         :raises StoreError: the store could not say.
         """
         store = self.middleware.store
-        with _Wait(self.middleware.waiting, self.policy.wait_seconds, self.tell) as wait:
+        with _Wait(self.middleware.waiting, self.policy.wait_seconds, self._waited) as wait:
             while True:
                 with self._undoing(claim, store.forget):
-                    answer = store.claim(claim)
+                    answer = self.ask(store.claim, claim)
                 if isinstance(answer, Claimed):
                     return claim, answer
                 decision = protocol.decide(answer, self._fingerprint_like(answer, claim))
@@ -341,7 +348,7 @@ class _Request:
                 if isinstance(decision, protocol.TakeOver):
                     claim = _succeeding(claim, answer)
                     with self._undoing(claim, store.release):
-                        taken = store.take_over(claim, decision.seen)
+                        taken = self.ask(store.take_over, claim, decision.seen)
                         if taken is not None:
                             self.tell("taken_over", attempt=taken.attempt)
                             return claim, taken
@@ -352,11 +359,12 @@ class _Request:
         """As :meth:`_obtain`, with the transaction in which the operation is to run."""
         store = cast("TransactionalStore", self.middleware.store)
         patience = 0.0
-        with _Wait(self.middleware.waiting, self.policy.wait_seconds, self.tell) as wait:
+        with _Wait(self.middleware.waiting, self.policy.wait_seconds, self._waited) as wait:
             while True:
-                transaction = store.begin(
-                    claim, isolation_level=self.policy.isolation_level, wait=patience
+                begin = partial(
+                    store.begin, claim, isolation_level=self.policy.isolation_level, wait=patience
                 )
+                transaction = begin() if patience else self.ask(begin)
                 if transaction is None:
                     patience = wait.left()
                     if not patience:
@@ -388,7 +396,7 @@ class _Request:
             return claim, decision
         if isinstance(decision, protocol.TakeOver):
             claim = _succeeding(claim, seen)
-            taken = transaction.take_over(claim, seen)
+            taken = self.ask(transaction.take_over, claim, seen)
             if taken is not None:
                 self.tell("taken_over", attempt=taken.attempt)
             return claim, taken
@@ -409,6 +417,18 @@ class _Request:
                 later = partial(undo, claim.digest, claim.token)
                 self.middleware.heartbeat.undo_later(claim, later)
             raise
+
+    def ask(self, call: Callable[..., _T], *args: object) -> _T:
+        """Ask the store, and take the time."""
+        started = time.monotonic()
+        try:
+            return call(*args)
+        finally:
+            self._store_seconds = (self._store_seconds or 0.0) + time.monotonic() - started
+
+    def _waited(self, seconds: float) -> None:
+        self._waited_seconds = seconds
+        self.tell("waited", seconds=seconds)
 
     def _fingerprint_like(self, record: Record, claim: Claim) -> bytes:
         """The request's fingerprint as the algorithm of the record's time makes it."""
@@ -533,7 +553,7 @@ class _Request:
         """For a client whose own handler was overtaken: the response of the one that counts."""
         decision: protocol.Decision = protocol.OutcomeUnknown()
         try:
-            record = self.middleware.store.lookup(claim.digest)
+            record = self.ask(self.middleware.store.lookup, claim.digest)
             if record is not None:
                 decision = protocol.decide(record, self._fingerprint_like(record, claim))
         except Exception:
@@ -552,16 +572,21 @@ class _Request:
         seconds: float | None = None,
         exception: BaseException | None = None,
     ) -> None:
+        if attempt is not None:
+            self._attempt = attempt
         if self.middleware.observers:
             event = Event(
                 name=name,
                 method=self._method,
                 path=self._path,
+                route=self._rule,
                 key_digest=self._digest,
-                attempt=attempt,
+                attempt=self._attempt,
                 code=code,
                 action=action,
                 seconds=seconds,
+                store_seconds=self._store_seconds,
+                waited_seconds=self._waited_seconds,
                 exception=exception,
             )
             self.middleware.observers.tell(event)
@@ -676,7 +701,7 @@ class _Execution:
         self._operation.ended = True
         self._heartbeat.finishing(self._claim)
         try:
-            kept = finish()
+            kept = self._request.ask(finish)
             self._heartbeat.stop(self._claim)
         except BaseException as exc:
             self._heartbeat.finish_later(self._claim, self._operation, finish)
@@ -735,15 +760,18 @@ class _Transacted:
             whole.status, whole.headers, whole.body, _not_replayable(whole)
         )
         self._operation.ended = True
+        seconds = self._seconds()
         try:
-            self._transaction.complete(completion)
+            self._request.ask(self._transaction.complete, completion)
         except TransactionConflict:
+            self._tell(Action.FORGET, seconds)
             return self._conflict()
         except TransactionFailed as exc:
+            self._tell(Action.FORGET, seconds)
             return self._failed(exc)
         except StoreError as exc:
-            return self._lost(exc)
-        self._tell(Action.STORE)
+            return self._lost(exc, seconds)
+        self._tell(Action.STORE, seconds)
         if not self._operation.joined:
             self._request.middleware.warn_unjoined(self._request.policy, self._operation)
         return self._request.respond(whole)
@@ -753,13 +781,18 @@ class _Transacted:
         if os.getpid() != self._pid:
             return
         self._operation.ended = True
-        self._transaction.rollback()
-        self._tell(Action.FORGET)
+        seconds = self._seconds()
+        self._request.ask(self._transaction.rollback)
+        self._tell(Action.FORGET, seconds)
 
-    def _tell(self, action: Action) -> None:
-        seconds = time.monotonic() - self._started
+    def _seconds(self) -> float:
+        """How long the handler has taken."""
+        return time.monotonic() - self._started
+
+    def _tell(self, action: Action | None, seconds: float) -> None:
+        became = None if action is None else action.value
         attempt = self._operation.attempt
-        self._request.tell("executed", attempt=attempt, action=action.value, seconds=seconds)
+        self._request.tell("executed", attempt=attempt, action=became, seconds=seconds)
 
     # ------------------------------------------------------------ answers of our own
 
@@ -771,10 +804,11 @@ class _Transacted:
         logger.error("the transaction of %r was undone: %s", self._operation, exc)
         return self._request.refuse("TRANSACTION_FAILED")
 
-    def _lost(self, exc: StoreError) -> Iterable[bytes]:
+    def _lost(self, exc: StoreError, seconds: float) -> Iterable[bytes]:
         logger.error("the transaction of %r was lost: %s", self._operation, exc)
         self._request.tell("store_failure", exception=exc, attempt=self._operation.attempt)
         unknown = isinstance(exc, CommitUnknown)
+        self._tell(None if unknown else Action.FORGET, seconds)
         return self._request.refuse(
             "COMMIT_UNKNOWN" if unknown else "STORE_UNAVAILABLE", retry_after=1
         )
@@ -783,14 +817,14 @@ class _Transacted:
 class _Wait:
     """A duplicate's patience: bounded in time, and in how many have any at once.
 
-    :param tell: told afterwards how long it has waited, if it has.
+    :param tell: told afterwards how many seconds it has waited, if it has.
     """
 
     def __init__(
         self,
         places: threading.BoundedSemaphore | None,
         seconds: float,
-        tell: Callable[..., None],
+        tell: Callable[[float], None],
     ) -> None:
         self._places = places
         self._patience = seconds
@@ -818,7 +852,7 @@ class _Wait:
     def __exit__(self, *exc_info: object) -> None:
         if self._started is not None and self._places is not None:
             self._places.release()
-            self._tell("waited", seconds=time.monotonic() - self._started)
+            self._tell(time.monotonic() - self._started)
 
 
 _BODY_CODES = {
