@@ -181,6 +181,31 @@ def test_the_application_gets_the_whole_body_after_the_scope_was_found(transfer:
     assert app.charged == ["9" * 100_000]
 
 
+@pytest.mark.parametrize("where", ["policy", "routes"])
+def test_a_policy_of_its_own_scope_has_it_in_the_request_s_context(where: str) -> None:
+    policy = Policy(scope=lambda: flask_login.current_user.get_id())
+    options: dict[str, Any] = (
+        {"policy": policy}
+        if where == "policy"
+        else {"routes": [Route("/log-in/<name>", None), Route("/charges", policy)]}
+    )
+    app = make_shop()
+    Idempotency(app, "memory:", scope=lambda: None, **options)
+    alice, bob = app.test_client(), app.test_client()
+    alice.post("/log-in/alice")
+    bob.post("/log-in/bob")
+    assert [pay(client).json["id"] for client in (alice, alice, bob)] == [1, 1, 2]
+    assert pay(app.test_client()).json["code"] == "MISSING_SCOPE"
+
+
+@pytest.mark.parametrize("options", [{"policy": "strict"}, {"routes": ["/pay"]}])
+def test_what_is_no_policy_and_no_route_is_refused_as_the_middleware_does(
+    options: dict[str, Any],
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"use a Policy|use Route\(rule, policy\)"):
+        Idempotency(make_shop(), "memory:", scope=everyone, **options)
+
+
 def test_a_scope_that_raises_refuses_the_request(caplog: pytest.LogCaptureFixture) -> None:
     app = make_shop()
     Idempotency(app, "memory:", scope=lambda: session["nothing of the kind"])

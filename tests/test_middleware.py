@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from wsgiref.validate import validator
 
 import pytest
@@ -36,6 +37,7 @@ from wsgi_idempotency import (
     current_operation,
     everyone,
     form_field,
+    header,
     hold_unknown,
     json_field,
     store_everything,
@@ -957,6 +959,96 @@ def test_the_first_route_that_matches_counts():
     client.put("/put", data=b"", headers={"Idempotency-Key": "k"})
     answer = client.put("/put", data=b"", headers={"Idempotency-Key": "k"})
     assert answer.headers["Idempotency-Replayed"] == "true"
+
+
+def test_a_route_may_say_otherwise_whose_key_it_is():
+    """Browsers by their session and programs by their credentials, for one."""
+    app = App()
+    routes = [Route("/form", Policy(scope=by_cookie("session")))]
+    _, client = wrap(app, scope=by_header("X-Tenant"), routes=routes)
+    alice = {"Cookie": "session=alice", "X_Tenant": "t"}
+    bob = {"Cookie": "session=bob", "X_Tenant": "t"}
+    for path, executions in (("/form", 2), ("/pay", 1)):
+        app.executions = 0
+        for person in (alice, bob, alice, bob):
+            assert post(client, path=path, **person).status_code == 201
+        assert app.executions == executions
+    refused(post(client, path="/form", X_Tenant="t"), 400, "MISSING_SCOPE", "false")
+    refused(post(client, path="/pay", Cookie="session=alice"), 400, "MISSING_SCOPE", "false")
+
+
+@pytest.mark.parametrize("namespace", ["endpoint", "scope"])
+def test_scopes_of_two_routes_that_say_the_same_never_share_a_response(namespace):
+    """User 7 is not tenant 7; where the namespace is the scope's, their requests are two
+    payloads under one key."""
+    app = App()
+    routes = [
+        Route("/users", Policy(namespace=namespace, scope=lambda environ: "7")),
+        Route("/tenants", Policy(namespace=namespace, scope=lambda environ: "7")),
+    ]
+    _, client = wrap(app, routes=routes)
+    assert post(client, path="/users").status_code == 201
+    answer = post(client, path="/tenants")
+    if namespace == "scope":
+        refused(answer, 422, "FINGERPRINT_MISMATCH", "false")
+    assert (app.executions, "Idempotency-Replayed" in answer.headers) == (
+        1 if namespace == "scope" else 2,
+        False,
+    )
+
+
+def test_two_scopes_share_no_row_where_the_namespace_is_the_scope_s():
+    app = App()
+    routes = [Route("/form", Policy(namespace="scope", scope=by_cookie("session")))]
+    _, client = wrap(
+        app, scope=by_header("session"), policy=Policy(namespace="scope"), routes=routes
+    )
+    for _ in range(2):
+        assert post(client, path="/form", Cookie="session=alice").status_code == 201
+        assert post(client, path="/pay", session="alice").status_code == 201
+    assert app.executions == 2
+
+
+def test_a_route_s_scope_that_fails_refuses_the_request(caplog):
+    app = App()
+    routes = [Route("/pay", Policy(scope=lambda environ: environ["nobody"]))]
+    _, client = wrap(app, routes=routes)
+    refused(post(client), 500, "EXTRACTOR_FAILED", "false")
+    assert "the scope of a request could not be found" in caplog.text
+    assert app.executions == 0
+
+
+def test_a_route_decides_everything_of_its_own_requests():
+    """What the key is, how long it is remembered, what another payload and a failure are."""
+    app = App(status="500 Internal Server Error")
+    routes = [
+        Route(
+            "/hooks",
+            Policy(
+                methods=["PUT"],
+                key=header("webhook-id"),
+                fingerprint=None,
+                required=True,
+                retention=timedelta(days=30),
+                outcomes=store_everything,
+            ),
+            methods=["PUT"],
+        )
+    ]
+    _, client = wrap(app, routes=routes)
+    answers = [
+        client.put("/hooks", data=data, headers={"webhook-id": "m1"}) for data in (b"1", b"2")
+    ]
+    assert [answer.status_code for answer in answers] == [500, 500]
+    assert answers[1].headers["Idempotency-Replayed"] == "true"
+    assert app.executions == 1
+    claim = app.environ[ENVIRON_KEY]._claim
+    assert (claim.retention, claim.key) == (30 * 86400.0, "m1")
+    refused(client.put("/hooks", data=b""), 400, "MISSING_KEY", "false")
+    post(client, path="/hooks")  # of another method, and so the middleware's own policy
+    post(client, path="/hooks")
+    assert app.executions == 3
+    assert app.environ[ENVIRON_KEY]._claim.retention == 86400.0
 
 
 def test_without_a_policy_only_the_routes_are_protected():

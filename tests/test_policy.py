@@ -48,6 +48,7 @@ def test_methods_and_replayed_headers_are_taken_in_any_case():
         ),
         pytest.param({"replay_headers": "Set-Cookie"}, "list or tuple", id="headers in a string"),
         pytest.param({"key": "Idempotency-Key"}, "use header", id="a key that is a string"),
+        pytest.param({"scope": "alice"}, "use by_authorization", id="a scope that is a string"),
         pytest.param(
             {"fingerprint": "exact"}, "use exact, canonical or None", id="a fingerprint by name"
         ),

@@ -86,7 +86,8 @@ class IdempotencyMiddleware:
         ``"memory:"``, an :class:`sqlalchemy.Engine`, or a
         :class:`~wsgi_idempotency.stores.base.Store`.
     :param scope: whose key it is, ``(environ) -> str``. None or an exception refuses the
-        request. ``everyone`` is for applications whose clients are one party.
+        request. ``everyone`` is for applications whose clients are one party. A policy may
+        have a scope of its own.
     :param policy: how operations are protected; None protects only the routes.
     :param routes: policies of single routes; the first that matches counts.
     :param on_event: observers, ``(Event) -> None``; what they raise is logged.
@@ -136,6 +137,7 @@ class IdempotencyMiddleware:
         for route in routes:
             if not isinstance(route, Route):
                 raise ConfigurationError(f"routes has {route!r}; use Route(rule, policy)")
+        self.routes = routes
         self._routes = [(_matcher(route), route.policy, route.rule) for route in routes]
         policies = [policy, *(route.policy for route in routes)]
         self._methods = frozenset().union(*(p.methods for p in policies if p is not None))
@@ -271,7 +273,8 @@ class _Request:
         return found
 
     def _find_scope(self) -> str:
-        found = self._extract("scope", scope.find, self.middleware.scope, self.environ)
+        whose = self.middleware.scope if self.policy.scope is None else self.policy.scope
+        found = self._extract("scope", scope.find, whose, self.environ)
         if found is None:
             raise _Refused(problem("MISSING_SCOPE"))
         return found

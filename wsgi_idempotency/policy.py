@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Seconds = float | timedelta
 KeyCallable = Callable[["WSGIEnvironment", bytes], "str | None"]
 FingerprintCallable = Callable[["WSGIEnvironment", bytes], bytes]
+ScopeCallable = Callable[..., "str | None"]  # Flask's extension takes some without parameters
 
 IsolationLevel = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 ISOLATION_LEVELS = get_args(IsolationLevel)
@@ -37,6 +38,10 @@ class Policy:
     :param methods: the request methods protected, in any case; others pass through.
     :param key: where the key is: :func:`header`, :func:`form_field`, :func:`json_field`,
         :func:`first_of`, or a callable ``(environ, body) -> str or None``.
+    :param scope: whose key it is, where that is found otherwise than in the rest of the
+        application, ``(environ) -> str or None``; None takes the middleware's. Requests
+        that two scopes give one text are of one client: let each begin with a word of its
+        own, as ours do.
     :param required: refuse a request without a key instead of passing it through.
     :param max_key_length: bytes.
     :param namespace: ``"endpoint"``: a key is unique per scope, method and full path;
@@ -67,6 +72,7 @@ class Policy:
 
     methods: Collection[str] = ("POST", "PATCH")  # the rest is idempotent by RFC 9110, 9.2.2
     key: KeyCallable = field(default_factory=lambda: header("Idempotency-Key"))
+    scope: ScopeCallable | None = None
     required: bool = False  # so that clients can be moved over one by one
     max_key_length: int = 256  # bytes; a UUID has 36
     namespace: Literal["endpoint", "scope"] = "endpoint"
@@ -101,6 +107,11 @@ class Policy:
         if not callable(self.key):
             raise ConfigurationError(
                 'key is not callable; use header("Idempotency-Key") or (environ, body) -> str'
+            )
+        if self.scope is not None and not callable(self.scope):
+            raise ConfigurationError(
+                f"scope is {self.scope!r}, which can't be called; use by_authorization or"
+                " (environ) -> str"
             )
         if self.fingerprint is not None and not callable(self.fingerprint):
             raise ConfigurationError("fingerprint is not callable; use exact, canonical or None")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from wsgi_idempotency import settings
 from wsgi_idempotency.contrib.head import head_of
 from wsgi_idempotency.errors import ConfigurationError
 from wsgi_idempotency.middleware import IdempotencyMiddleware
+from wsgi_idempotency.policy import Policy, Route
 from wsgi_idempotency.scope import Scope
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from wsgi_idempotency.events import Observer
-    from wsgi_idempotency.policy import Policy, Route
     from wsgi_idempotency.problems import Renderer
     from wsgi_idempotency.stores.base import Store
 
@@ -52,6 +53,7 @@ class Idempotency:
     :param scope: whose key it is: ``(environ) -> str``, or a callable without parameters,
         which is called in a request context, so that ``current_user``, ``session``, ``g``
         and ``request`` can be used. It can't read the request's body.
+        So may the scope of a policy, here and in ``routes``.
     :param policy: as the middleware takes it, and so are ``routes``, ``on_event``,
         ``render_problem``, ``max_waiting`` and ``secret``.
     :raises ConfigurationError: an option is missing or makes no sense.
@@ -97,6 +99,10 @@ class Idempotency:
         options = {**found, **self._given, **_given(store=store)}
         settings.need(options, _NEEDED)
         scope, store = in_context(app, options.pop("scope")), options.pop("store")
+        if "policy" in options:
+            options["policy"] = _policy_in_context(app, options["policy"])
+        if "routes" in options:
+            options["routes"] = [_route_in_context(app, route) for route in options["routes"]]
         middleware = IdempotencyMiddleware(app.wsgi_app, store, scope=scope, **options)
         app.wsgi_app = middleware  # type: ignore[method-assign]
         app.extensions["idempotency"] = middleware
@@ -104,6 +110,18 @@ class Idempotency:
 
 def _given(**options: object) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _policy_in_context(app: Flask, policy: Any) -> Any:
+    if not isinstance(policy, Policy) or policy.scope is None:
+        return policy
+    return replace(policy, scope=in_context(app, policy.scope))
+
+
+def _route_in_context(app: Flask, route: Any) -> Any:
+    if not isinstance(route, Route):
+        return route  # the middleware says what is wrong with it
+    return replace(route, policy=_policy_in_context(app, route.policy))
 
 
 def in_context(app: Flask, scope: Callable[..., str | None]) -> Scope:
