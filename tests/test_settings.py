@@ -24,6 +24,7 @@ from wsgi_idempotency import (
     store_everything,
 )
 from wsgi_idempotency.errors import ConfigurationError
+from wsgi_idempotency.observers.logging import observe as log
 
 routes = [Route("/health", None)]
 strict = Policy(required=True)
@@ -117,6 +118,9 @@ def test_a_transaction_can_be_asked_for_with_a_flag() -> None:
         pytest.param("routes", "test_settings:routes", routes, id="routes"),
         pytest.param("routes", "test_settings:routes.copy()", routes, id="what a call gives"),
         pytest.param("on_event", "test_settings:observer", [observer], id="an observer"),
+        pytest.param(
+            "on_event", "logging, test_settings:observer", [log, observer], id="one of ours, too"
+        ),
         pytest.param("render_problem", "stripe", problems.stripe, id="a renderer"),
     ],
 )

@@ -11,6 +11,12 @@ from wsgi_idempotency.errors import ConfigurationError
 logger = logging.getLogger("wsgi_idempotency")
 
 
+#: The names of events. A metric may have a series for each.
+NAMES = (
+    "executed", "replayed", "conflict", "mismatch", "held", "not_replayable", "refused",
+    "unprotected", "waited", "lapsed", "taken_over", "fenced", "store_failure", "purged",
+)  # fmt: skip
+
 #: Requests that would have run their handler again: it has run, is running, or may have run.
 _OF_DUPLICATES = frozenset({"replayed", "conflict", "held", "not_replayable"})
 

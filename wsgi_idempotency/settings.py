@@ -71,8 +71,18 @@ def _words(name: str, text: str) -> list[str]:
     return text.replace(",", " ").split()
 
 
-def _all_of(name: str, text: str) -> list[Any]:
-    return [load(name, reference) for reference in _words(name, text)]
+#: Modules of ours that have an ``observe``, imported when they are named: the last two need
+#: an extra.
+_OBSERVERS = ("logging", "prometheus", "opentelemetry")
+
+
+def _observers(name: str, text: str) -> list[Any]:
+    return [
+        load(name, f"{__package__}.observers.{word}:observe")
+        if word in _OBSERVERS
+        else load(name, word)
+        for word in _words(name, text)
+    ]
 
 
 def _literally(name: str, text: str) -> str:
@@ -183,7 +193,7 @@ OPTIONS: dict[str, Reader] = {
     ),
     "policy": partial(_one, {"none": None}, {}),
     "routes": load,
-    "on_event": _all_of,
+    "on_event": _observers,
     "render_problem": partial(_one, {"rfc9457": problems.rfc9457, "stripe": problems.stripe}, {}),
     "max_waiting": _whole,
     "secret": _literally,
