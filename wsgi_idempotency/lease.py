@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from wsgi_idempotency import forks
 from wsgi_idempotency.errors import StoreUnavailable
 from wsgi_idempotency.operation import Operation
 from wsgi_idempotency.records import Claim
@@ -240,10 +240,11 @@ def _after_fork_in_child() -> None:
         heartbeat.forget_parent()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)
 
 
 @atexit.register
 def _flush_all() -> None:
+    forks.notice()
     for heartbeat in list(_heartbeats):
         heartbeat.flush()

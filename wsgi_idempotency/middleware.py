@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import Map, RequestRedirect, Rule
 
-from wsgi_idempotency import fingerprint, key, problems, protocol, scope
+from wsgi_idempotency import fingerprint, forks, key, problems, protocol, scope
 from wsgi_idempotency.body import Body
 from wsgi_idempotency.capture import (
     TOO_LARGE,
@@ -223,6 +223,7 @@ class _Request:
         self._waited_seconds: float | None = None
 
     def answer(self) -> Iterable[bytes]:
+        forks.notice()
         transaction: Transaction | None = None
         try:
             found = self._find_key()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from wsgi_idempotency import forks
 from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State
 
 logger = logging.getLogger("wsgi_idempotency")
@@ -143,6 +144,7 @@ class MemoryStore:
     @contextmanager
     def _exclusively(self) -> Iterator[float]:
         """Let nobody else in, and say what time it is."""
+        forks.notice()
         with self._lock:
             if self._forked:
                 self._forked = False
@@ -227,4 +229,4 @@ def _after_fork_in_child() -> None:
         store._after_fork_in_child()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)

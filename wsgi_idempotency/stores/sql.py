@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import re
 import sqlite3
 import threading
@@ -29,6 +28,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
+from wsgi_idempotency import forks
 from wsgi_idempotency.errors import (
     AnswerLost,
     ConfigurationError,
@@ -525,6 +525,7 @@ class SQLStore:
     @property
     def engine(self) -> Engine:
         """The engine of this process, made when it is first needed."""
+        forks.notice()
         with self._lock:
             if self._engine is None:
                 if self._given is None:
@@ -544,6 +545,7 @@ class SQLStore:
     def transactions(self) -> Engine:
         """The engine of transaction mode, made when it is first needed: applications hold
         its connections for as long as they run, and :attr:`engine` must not run dry."""
+        forks.notice()
         with self._lock:
             if self._transactions is None:
                 self._transactions = self._make_transactions()
@@ -1093,4 +1095,4 @@ def _after_fork_in_child() -> None:
         store._after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.in_child(_after_fork_in_child)
