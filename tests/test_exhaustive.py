@@ -410,7 +410,7 @@ def modelled(row: Row | None, kind: str, *details: Any) -> tuple[Row | None, Any
     if kind == asked.COMPLETE:
         return database.complete(row, ME, details[0])
     if kind == "renew":
-        ours = row is not None and (row.token, row.state) == (ME, CLAIMED)
+        ours = row is not None and row.token == ME and row.state in (CLAIMED, HELD)
         return database.renew(row, ME), ours
     return getattr(database, kind)(row, ME)  # type: ignore[no-any-return]
 

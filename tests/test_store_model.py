@@ -305,7 +305,7 @@ class Machine(RuleBasedStateMachine):
             )
 
     def release(self, claim: Claim) -> None:
-        row = self.ours(claim, State.CLAIMED, State.RELEASED)
+        row = self.ours(claim, State.CLAIMED, State.HELD, State.RELEASED)
         assert self.store.release(claim.digest, claim.token) is (row is not None)
         if row is not None:
             self.rows[claim.digest] = dataclasses.replace(row, state=State.RELEASED)
@@ -317,7 +317,7 @@ class Machine(RuleBasedStateMachine):
             self.rows[claim.digest] = dataclasses.replace(row, state=State.HELD)
 
     def forget(self, claim: Claim) -> None:
-        row = self.ours(claim, State.CLAIMED)
+        row = self.ours(claim, State.CLAIMED, State.HELD)
         assert self.store.forget(claim.digest, claim.token) is (row is not None)
         if row is not None:
             del self.rows[claim.digest]
@@ -332,10 +332,13 @@ class Machine(RuleBasedStateMachine):
         )
         expected = set()
         for claim, lease in zip(some, many, strict=False):
-            row = self.ours(claim, State.CLAIMED)
+            row = self.ours(claim, State.CLAIMED, State.HELD)
             if row is not None:
                 expected.add(claim.token)
-                self.rows[claim.digest] = dataclasses.replace(row, lease_until=self.now + lease)
+                until = self.now + lease
+                if row.state is State.HELD:
+                    until = max(until, row.lease_until)
+                self.rows[claim.digest] = dataclasses.replace(row, lease_until=until)
         assert kept == expected
 
     @rule(limit=st.integers(1, 4))

@@ -145,12 +145,12 @@ class Database:
         return self._give_up(row, token, HELD)
 
     def _give_up(self, row: Row | None, token: int, state: str) -> tuple[Row | None, bool]:
-        if row is None or row.token != token or row.state not in (CLAIMED, state):
+        if row is None or row.token != token or row.state not in (CLAIMED, HELD, state):
             return row, False
         return row._replace(state=state, lapsed=False), True
 
     def forget(self, row: Row | None, token: int) -> tuple[Row | None, bool]:
-        if row is None or row.token != token or row.state != CLAIMED:
+        if row is None or row.token != token or row.state not in (CLAIMED, HELD):
             return row, False
         return None, True
 

@@ -75,16 +75,25 @@ class Store(Protocol):
         """
 
     def release(self, digest: bytes, token: bytes) -> bool:
-        """Let the same request run again; False (and no change) when the claim was lost."""
+        """Let the same request run again; False (and no change) when the claim was lost.
+
+        Also of a row that is held, as :meth:`complete`.
+        """
 
     def forget(self, digest: bytes, token: bytes) -> bool:
-        """Drop the row of a claim; False (and no change) when the claim was lost."""
+        """Drop the row of a claim; False (and no change) when the claim was lost.
+
+        Also of a row that is held, as :meth:`complete`.
+        """
 
     def hold(self, digest: bytes, token: bytes) -> bool:
         """Keep everybody out until it is resolved; False (and no change) when it was lost."""
 
     def renew(self, claims: Iterable[tuple[bytes, bytes, float]]) -> set[bytes]:
         """Extend leases: one statement for many (digest, token, lease in seconds).
+
+        A row that is held stays held, and its worker still has it: ``lease_until``, before
+        which no reconciler looks at it, becomes no earlier.
 
         :returns: the tokens that still hold their claim; the others have lost it.
         :raises StoreUnavailable: the store can't be reached; leases run on as they were.

@@ -102,14 +102,14 @@ class MemoryStore:
             return True
 
     def release(self, digest: bytes, token: bytes) -> bool:
-        return self._give_up(digest, token, State.RELEASED)
+        return self._give_up(digest, token, State.RELEASED, State.HELD)
 
     def hold(self, digest: bytes, token: bytes) -> bool:
         return self._give_up(digest, token, State.HELD)
 
     def forget(self, digest: bytes, token: bytes) -> bool:
         with self._exclusively():
-            row = self._own(digest, token)
+            row = self._own(digest, token, State.HELD)
             if row is None:
                 return False
             del self._rows[digest]
@@ -120,9 +120,12 @@ class MemoryStore:
         kept = set()
         with self._exclusively() as now:
             for digest, token, lease in wanted:
-                row = self._own(digest, token)
+                row = self._own(digest, token, State.HELD)
                 if row is not None:
-                    self._rows[digest] = dataclasses.replace(row, lease_until=now + lease)
+                    until = now + lease
+                    if row.state is State.HELD:
+                        until = max(until, row.lease_until)
+                    self._rows[digest] = dataclasses.replace(row, lease_until=until)
                     kept.add(token)
         return kept
 
@@ -164,9 +167,9 @@ class MemoryStore:
             return None
         return row if row.state in (State.CLAIMED, *others) else None
 
-    def _give_up(self, digest: bytes, token: bytes, state: State) -> bool:
+    def _give_up(self, digest: bytes, token: bytes, state: State, *others: State) -> bool:
         with self._exclusively():
-            row = self._own(digest, token, state)
+            row = self._own(digest, token, state, *others)
             if row is None:
                 return False
             self._rows[digest] = dataclasses.replace(row, state=state)

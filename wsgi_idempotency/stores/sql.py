@@ -170,11 +170,16 @@ UPDATE idempotency_keys SET
 WHERE key_digest = %(digest)s AND claim_token = %(token)s
   AND state IN ('claimed', 'held', 'completed')"""
 
+# A row that was held in its worker's absence stays held, since a renewal may also come after
+# the worker's own HOLD; its worker still has it, and a reconciler is to look no sooner.
 _PG_RENEW = """
-UPDATE idempotency_keys AS row SET lease_until = now() + make_interval(secs => mine.lease)
+UPDATE idempotency_keys AS row SET lease_until = greatest(
+    now() + make_interval(secs => mine.lease),
+    CASE row.state WHEN 'held' THEN row.lease_until END)
 FROM unnest(%(digests)s::bytea[], %(tokens)s::bytea[], %(leases)s::float8[])
      AS mine (digest, token, lease)
-WHERE row.key_digest = mine.digest AND row.claim_token = mine.token AND row.state = 'claimed'
+WHERE row.key_digest = mine.digest AND row.claim_token = mine.token
+  AND row.state IN ('claimed', 'held')
 RETURNING row.claim_token"""
 
 # One batch, one transaction. Rows another purge or a take-over has locked are skipped,
@@ -187,10 +192,12 @@ DELETE FROM idempotency_keys WHERE ctid = ANY(ARRAY(
 
 # ---------------------------------------------------------------------- both
 
-# Each of these asks for the token, and says the same twice when asked twice.
+# Each of these asks for the token, and says the same twice when asked twice. 'held' as for
+# a completion: a worker that was only slow knows best what came of it.
 _RELEASE = """
 UPDATE idempotency_keys SET state = 'released'
-WHERE key_digest = {digest} AND claim_token = {token} AND state IN ('claimed', 'released')"""
+WHERE key_digest = {digest} AND claim_token = {token}
+  AND state IN ('claimed', 'held', 'released')"""
 
 _HOLD = """
 UPDATE idempotency_keys SET state = 'held'
@@ -198,7 +205,7 @@ WHERE key_digest = {digest} AND claim_token = {token} AND state IN ('claimed', '
 
 _FORGET = """
 DELETE FROM idempotency_keys
-WHERE key_digest = {digest} AND claim_token = {token} AND state = 'claimed'"""
+WHERE key_digest = {digest} AND claim_token = {token} AND state IN ('claimed', 'held')"""
 
 _VERSION = f"SELECT version_num FROM {VERSION_TABLE}"
 
@@ -255,8 +262,9 @@ WHERE key_digest = :digest AND claim_token = :token
   AND state IN ('claimed', 'held', 'completed')"""
 
 _LITE_RENEW = f"""
-UPDATE idempotency_keys SET lease_until = {_LITE_NOW} + :lease
-WHERE key_digest = :digest AND claim_token = :token AND state = 'claimed'"""
+UPDATE idempotency_keys SET lease_until = max(
+    {_LITE_NOW} + :lease, CASE state WHEN 'held' THEN lease_until ELSE 0 END)
+WHERE key_digest = :digest AND claim_token = :token AND state IN ('claimed', 'held')"""
 
 _LITE_PURGE = f"""
 DELETE FROM idempotency_keys WHERE rowid IN (
