@@ -29,6 +29,11 @@ Finish = Callable[[], bool]
 
 _FIRST_RETRY = 0.5  # seconds until an unfinished completion is tried again; doubled each time
 
+#: Seconds for which a doubtful claim is looked for, and a lease at least. A statement that
+#: nobody waits for any more is still on its way while the kernel sends what a closed socket
+#: has left to send (Linux, tcp_orphan_retries: 100 s or so).
+_ON_ITS_WAY = 120.0
+
 
 @dataclass(slots=True)
 class _Kept:
@@ -40,6 +45,7 @@ class _Kept:
     finish_at: float = field(default=float("inf"))
     backoff: float = _FIRST_RETRY
     finishing: bool = False
+    look_until: float | None = None
 
     def due(self) -> float:
         return min(self.renew_at, self.finish_at)
@@ -92,9 +98,10 @@ class Heartbeat:
         self._add(_Kept(claim, operation, now, now + claim.retention, finish, now + _FIRST_RETRY))
 
     def undo_later(self, claim: Claim, undo: Finish) -> None:
-        """Call ``undo`` until it has undone something: whether the claim was made can't be told
-        now, and nobody runs the operation it would stand for. A statement that timed out may
-        still be on its way, so it is asked for a lease after the store first answers again."""
+        """Call ``undo`` again and again: whether the claim was made can't be told now, and
+        nobody runs the operation it would stand for. That it has undone something says nothing
+        of a second statement, sent when the first had no answer. So it is asked for two
+        minutes, and a lease at least, from when the store first answers again."""
         now = time.monotonic()
         give_up_at = now + claim.retention
         self._add(_Kept(claim, None, float("inf"), give_up_at, undo, now + _FIRST_RETRY))
@@ -207,19 +214,21 @@ class Heartbeat:
     def _finish(self, changed: threading.Condition, kept: _Kept) -> bool:
         """False when the store can't be reached, so that others needn't be tried now."""
         assert kept.finish is not None
+        asked_at = time.monotonic()
         try:
             done = kept.finish()
         except Exception as exc:
             logger.warning("the end of %s can't be recorded yet: %s", kept.claim.digest.hex(), exc)
             return not isinstance(exc, StoreUnavailable)
-        if kept.operation is None and not done:
-            kept.give_up_at = min(kept.give_up_at, time.monotonic() + kept.claim.lease)
+        if kept.look_until is None and kept.operation is None:
+            kept.look_until = time.monotonic() + max(kept.claim.lease, _ON_ITS_WAY)
+        if kept.look_until is not None and asked_at < kept.look_until:
             return True
         with changed:
             self._kept.pop(kept.claim.token, None)
         if done:
             logger.info("the end of %s was recorded late", kept.claim.digest.hex())
-        else:
+        elif kept.operation is not None:
             self._tell_lost(kept)
         return True
 

@@ -229,8 +229,12 @@ class Search:
         if row is not None and row.lapsed and _renews(standing) and not _uncommitted(now):
             yield from self._renewal(now, i, standing, row)
         for n, (question, undo) in enumerate(standing.duties):
-            if not self._blocked(now, i, question):
-                yield from self._duty(now, i, standing, n, question, undo)
+            if self._blocked(now, i, question):
+                continue
+            if undo:
+                yield from self._undo(now, i, standing, n, question)
+            else:
+                yield from self._catch_up(now, i, standing, n, question)
         kind = node.question[0]
         if kind is asked.ANSWERED:
             if standing.duties and now.crashes:
@@ -311,22 +315,29 @@ class Search:
         clients = _with(now.clients, i, standing._replace(lapsed=False))
         yield step, now._replace(row=after, clients=clients)
 
-    def _duty(
-        self, now: Situation, i: int, standing: Standing, n: int, question: Question, undo: bool
+    def _catch_up(
+        self, now: Situation, i: int, standing: Standing, n: int, question: Question
     ) -> _Steps:
-        self._trying = i, "catches up with", question
-        row, clients, done = self._effect(now.row, now.clients, i, question)
-        standing = clients[i]
-        others = standing.duties[:n] + standing.duties[n + 1 :]
-        node = standing.node
-        if undo and not done:
-            # It is asked again until a lease has gone by. What comes later than that is left
-            # behind, and nobody is to blame.
-            node = self.clients[i].gave_up
-        after = _at_the_end(standing._replace(node=node, duties=others))
+        self._trying = step = i, "catches up with", question
+        row, clients, _ = self._effect(now.row, now.clients, i, question)
+        after = _at_the_end(_less(clients[i], n))
+        yield step, now._replace(row=row, clients=_with(clients, i, after))
+
+    def _undo(
+        self, now: Situation, i: int, standing: Standing, n: int, question: Question
+    ) -> _Steps:
+        """It is asked again and again, and for the last time when nothing can be on its way
+        any more. What comes even later is left behind, and nobody is to blame."""
+        self._trying = step = i, "undoes", question
+        row, clients, _ = self._effect(now.row, now.clients, i, question)
+        if row is not now.row:
+            yield step, now._replace(row=row, clients=clients)
+        after = _less(clients[i], n)
+        if any(sent[0] == i for sent in now.on_their_way):
+            after = after._replace(node=self.clients[i].gave_up)
         yield (
-            (i, "catches up with", question),
-            now._replace(row=row, clients=_with(clients, i, after)),
+            (i, "undoes for the last time", question),
+            now._replace(row=row, clients=_with(clients, i, _at_the_end(after))),
         )
 
     def _answered(self, now: Situation, i: int, standing: Standing, answer: Any) -> _Steps:
@@ -489,6 +500,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 def _with(clients: tuple[Standing, ...], i: int, standing: Standing) -> tuple[Standing, ...]:
     return (*clients[:i], standing, *clients[i + 1 :])
+
+
+def _less(standing: Standing, n: int) -> Standing:
+    """Without one of its duties."""
+    return standing._replace(duties=standing.duties[:n] + standing.duties[n + 1 :])
 
 
 def _uncommitted(now: Situation) -> bool:
