@@ -394,3 +394,30 @@ def test_a_statement_that_failed_when_it_was_prepared_can_be_asked_again(pg_data
         connection.execute("DROP TRIGGER refuse ON idempotency_keys")
     assert isinstance(store.claim(new_claim()), Claimed)
     store.close()
+
+
+def test_a_connection_whose_prepared_statements_somebody_discards_is_of_use_again(pg_database):
+    """The request that finds them gone is refused, as behind a pooler; the next is not."""
+    store = SQLStore(pg_database, pool_size=1)
+    claim = new_claim()
+    store.claim(claim)
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql("DISCARD ALL")
+    with pytest.raises(StoreUnavailable, match="26000"):
+        store.claim(claim)
+    assert store.claim(claim) == Claimed(attempt=1)
+    store.close()
+
+
+def test_text_is_stored_as_it_is_whatever_the_connection_s_encoding(pg_database):
+    """LATIN1 has both letters, in other bytes than UTF-8."""
+    latin = SQLStore(f"{pg_database}?client_encoding=latin1")
+    claim = dataclasses.replace(new_claim(), path="/café/ü")
+    assert latin.claim(claim) == Claimed(attempt=1)
+    with psycopg.connect(libpq(pg_database)) as connection:
+        rows = connection.execute("SELECT path FROM idempotency_keys").fetchall()
+    assert rows == [("/café/ü",)]
+    store = SQLStore(pg_database)
+    assert store.claim(claim) == Claimed(attempt=1)
+    for each in (store, latin):
+        each.close()

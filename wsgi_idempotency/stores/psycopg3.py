@@ -11,17 +11,24 @@ Imported only with a PostgreSQL store, since psycopg is an extra.
 from __future__ import annotations
 
 import hashlib
+import re
+import struct
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
+from psycopg import generators
 from psycopg._preparing import Prepare, PrepareManager
+from psycopg.pq import ExecStatus
 from psycopg.waiting import Ready
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
+    from psycopg.pq.abc import PGconn, PGresult
 
 _T = TypeVar("_T")
 
@@ -95,3 +102,167 @@ def name_by_content(connection: Any) -> None:
     manager.prepare_threshold = connection.prepare_threshold
     manager.prepared_max = connection.prepared_max
     connection._prepared = manager
+
+
+# ---------------------------------------------------------------------- the straight way
+
+# psycopg's cursors find out anew for every execution how to send each value and how to read
+# each column, which costs more than all the rest of a claim does on the client. The few
+# statements of a request, whose values are of five types, go to libpq by the functions that
+# psycopg's cursors use in the end: its own generators, driven by the connection's own wait.
+# So a time-out, a signal and gevent find them like any other statement.
+
+_BINARY = 1
+
+
+def _same(data: bytes) -> bytes:
+    return data
+
+
+_INT8, _FLOAT8, _INT4, _INT2 = (struct.Struct(f"!{code}") for code in "qdih")
+
+#: By the type of a value: the type it is sent as (its OID in pg_type.dat), and how. A NULL
+#: has the type of where it stands.
+_SENT: dict[type, tuple[int, Callable[[Any], bytes | None]]] = {
+    bytes: (17, _same),
+    str: (25, str.encode),
+    int: (20, _INT8.pack),
+    float: (701, _FLOAT8.pack),
+    type(None): (0, lambda _: None),
+}
+
+#: By a column's type: how it is read.
+_READ: dict[int, Callable[[bytes], Any]] = {
+    16: lambda data: data == b"\1",
+    17: _same,
+    20: lambda data: _INT8.unpack(data)[0],
+    21: lambda data: _INT2.unpack(data)[0],
+    23: lambda data: _INT4.unpack(data)[0],
+    25: bytes.decode,
+    701: lambda data: _FLOAT8.unpack(data)[0],
+}
+
+_PLACEHOLDER = re.compile(r"%\((\w+)\)s")
+
+
+@dataclass(frozen=True, slots=True)
+class _Statement:
+    """A statement as PostgreSQL takes it, for values of given types.
+
+    :param name: what it is prepared as: its text's digest, for the reason above.
+    :param command: with ``$1`` where ``%(name)s`` was.
+    """
+
+    name: bytes
+    command: bytes
+    types: tuple[int, ...]
+    formats: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _names(statement: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_PLACEHOLDER.findall(statement)))
+
+
+@lru_cache(maxsize=256)
+def _statement(statement: str, types: tuple[int, ...]) -> _Statement:
+    numbers = {name: f"${number}" for number, name in enumerate(_names(statement), 1)}
+    command = _PLACEHOLDER.sub(lambda found: numbers[found[1]], statement).encode()
+    digest = hashlib.sha256(command + repr(types).encode()).hexdigest()[:32]
+    name = b"wsgi_idempotency_%s" % digest.encode()
+    return _Statement(name, command, types, (_BINARY,) * len(types))
+
+
+class Answer:
+    """What a statement has answered, as far as a cursor of the DB-API would be asked."""
+
+    __slots__ = ("_result",)
+
+    def __init__(self, result: PGresult) -> None:
+        self._result = result
+
+    @property
+    def rowcount(self) -> int:
+        return self._result.command_tuples or 0
+
+    def fetchone(self) -> tuple[Any, ...] | None:
+        return self._row(0) if self._result.ntuples else None
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        return [self._row(row) for row in range(self._result.ntuples)]
+
+    def _row(self, row: int) -> tuple[Any, ...]:
+        result = self._result
+        value, kind = result.get_value, result.ftype
+        return tuple(
+            [
+                None if (data := value(row, column)) is None else _READ[kind(column)](data)
+                for column in range(result.nfields)
+            ]
+        )
+
+
+def execute(
+    connection: psycopg.Connection[Any],
+    statement: str,
+    params: Mapping[str, Any],
+    *,
+    prepare: bool,
+) -> Answer:
+    """Run one statement on a connection in autocommit, which is the caller's alone.
+
+    :param statement: as psycopg takes it, with ``%(name)s`` for a value of one of the types
+        of ``_SENT``; its columns are of those of ``_READ``.
+    :param prepare: prepare it on the server, the first time on this connection.
+    :raises psycopg.Error: as a cursor would raise it.
+    """
+    kinds, values = [], []
+    for name in _names(statement):
+        value = params[name]
+        kind, send = _SENT[type(value)]
+        kinds.append(kind)
+        values.append(send(value))
+    made = _statement(statement, tuple(kinds))
+    (result,) = connection.wait(_executing(connection, made, values, prepare))
+    if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+        exc = psycopg.errors.error_from_result(result)
+        if isinstance(exc, psycopg.errors.InvalidSqlStatementName):
+            _prepared(connection).clear()  # by a DISCARD ALL of somebody's
+        raise exc
+    return Answer(result)
+
+
+def goes_straight(connection: psycopg.Connection[Any]) -> bool:
+    """Whether text can be sent on a connection as :func:`execute` does."""
+    return connection.pgconn.parameter_status(b"client_encoding") == b"UTF8"
+
+
+def _prepared(connection: psycopg.Connection[Any]) -> set[bytes]:
+    """The names of what :func:`execute` has prepared on a connection."""
+    names: set[bytes] = connection.__dict__.setdefault("_wsgi_idempotency_prepared", set())
+    return names
+
+
+def _executing(
+    connection: psycopg.Connection[Any],
+    statement: _Statement,
+    values: Sequence[bytes | None],
+    prepare: bool,
+) -> Generator[Any, Any, list[PGresult]]:
+    server: PGconn = connection.pgconn
+    if not prepare:
+        server.send_query_params(
+            statement.command, values, statement.types, statement.formats, _BINARY
+        )
+        unprepared: list[PGresult] = yield from generators.execute(server)
+        return unprepared
+    prepared = _prepared(connection)
+    if statement.name not in prepared:
+        server.send_prepare(statement.name, statement.command, statement.types)
+        refused: list[PGresult] = yield from generators.execute(server)
+        if refused[0].status != ExecStatus.COMMAND_OK:
+            return refused
+        prepared.add(statement.name)
+    server.send_query_prepared(statement.name, values, statement.formats, _BINARY)
+    results: list[PGresult] = yield from generators.execute(server)
+    return results

@@ -19,7 +19,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import sqlalchemy
@@ -294,6 +293,10 @@ class _PostgreSQL:
     PURGE = _PG_PURGE
     LOOKUP = _PG_LOOKUP
 
+    _STRAIGHT = frozenset(
+        {_PG_CLAIM, _PG_TAKE_OVER, _PG_LOOKUP, _PG_COMPLETE, RELEASE, HOLD, FORGET}
+    )
+
     def __init__(self, prepare: bool) -> None:
         self._prepare = prepare
 
@@ -306,6 +309,22 @@ class _PostgreSQL:
             # other factories on its connections.
             cursor = Cursor(connection, row_factory=tuple_row)
             return cursor.execute(statement, params, prepare=self._prepare, binary=True)
+
+        return run
+
+    def straight(self, connection: Any) -> _Run:
+        """As :meth:`runner`, on a connection in autocommit: the statements of a request the
+        short way."""
+        from wsgi_idempotency.stores.psycopg3 import execute, goes_straight
+
+        usual = self.runner(connection)
+        if not goes_straight(connection):
+            return usual
+
+        def run(statement: str, params: Mapping[str, Any]) -> _Cursor:
+            if statement not in self._STRAIGHT:
+                return usual(statement, params)
+            return execute(connection, statement, params, prepare=self._prepare)
 
         return run
 
@@ -402,6 +421,8 @@ class _SQLite:
     def runner(self, connection: Any) -> _Run:
         run: _Run = connection.execute
         return run
+
+    straight = runner
 
     def claim(self, run: _Run, claim: Claim) -> Claimed | Record:
         for _ in range(_LOOKS):
@@ -681,7 +702,7 @@ class SQLStore:
     def _once(self, work: Callable[[_Run], _T]) -> _T:
         connection, driver = self._checkout()
         try:
-            return work(self._sql.runner(driver))
+            return work(self._sql.straight(driver))
         except self._driver_error as exc:
             if self._is_disconnect(exc, driver):
                 connection.invalidate(exc)
@@ -1043,31 +1064,27 @@ def _record(row: tuple[Any, ...]) -> Record:
         age, lease_left, status, headers, body, not_replayable,
     ) = row  # fmt: skip
     try:
-        record = Record(
-            digest=bytes(digest),
-            token=bytes(token),
-            state=State(state),
-            fingerprint=bytes(fingerprint),
-            fingerprint_version=int(version),
-            attempt=int(attempt),
-            lapse=Lapse(lapse),
-            lapsed=bool(lapsed),
-            past_retention=bool(past_retention),
-            age=float(age),
-            lease_left=float(lease_left),
-        )
+        state = State(state)
+        response: _Response = None, (), None, None
+        if state is State.COMPLETED:
+            response = _response(bytes(digest), status, headers, body, not_replayable)
+        return Record(
+            bytes(digest), bytes(token), state, bytes(fingerprint), int(version), int(attempt),
+            Lapse(lapse), bool(lapsed), bool(past_retention), float(age), float(lease_left),
+            *response,
+        )  # fmt: skip
     except (TypeError, ValueError) as exc:
         raise CorruptRecord(f"the row of digest {digest!r} makes no sense: {exc}") from exc
-    if record.state is not State.COMPLETED:
-        return record
-    return _with_response(record, status, headers, body, not_replayable)
 
 
-def _with_response(
-    record: Record, status: Any, headers: Any, body: Any, not_replayable: Any
-) -> Record:
-    """Add what was stored of the response. An operation whose response can't be read
-    back is still done: it must not run again."""
+_Response = tuple[str | None, tuple[tuple[str, str], ...], bytes | None, str | None]
+
+
+def _response(
+    digest: bytes, status: Any, headers: Any, body: Any, not_replayable: Any
+) -> _Response:
+    """What was stored of the response. An operation whose response can't be read back is
+    still done: it must not run again."""
     try:
         pairs = tuple((name, value) for name, value in json.loads(headers))
         if not all(isinstance(text, str) for pair in pairs for text in pair):
@@ -1082,16 +1099,10 @@ def _with_response(
         logger.error(
             "the stored response of digest %s can't be read (%s): the operation counts as done,"
             " and its retries are refused",
-            record.digest.hex(), exc,
+            digest.hex(), exc,
         )  # fmt: skip
-        return replace(record, status=None, not_replayable="the stored response is corrupt")
-    return replace(
-        record,
-        status=status,
-        headers=pairs,
-        body=None if body is None else bytes(body),
-        not_replayable=not_replayable,
-    )
+        return None, (), None, "the stored response is corrupt"
+    return status, pairs, None if body is None else bytes(body), not_replayable
 
 
 _stores: weakref.WeakSet[SQLStore] = weakref.WeakSet()
