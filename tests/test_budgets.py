@@ -210,3 +210,14 @@ def test_a_request_makes_no_more_function_calls_than_budgeted(row: str) -> None:
     assert needed <= most
     # A budget that is far from what is needed guards nothing.
     assert needed >= most * 0.7 - 5
+
+
+def test_a_request_that_comes_alone_does_not_wake_the_heartbeat() -> None:
+    """One of a process does; a switch of threads for each would cost more than all the rest."""
+    app = wrapped(NullStore())
+    serve(app, REQUESTS["fresh"]("first"))
+    with counting_calls() as called:
+        for number in range(10):
+            serve(app, REQUESTS["fresh"](f"key-{number}"))
+    assert any("lease.py:_add" in name for name in called)
+    assert [name for name in called if "threading.py:notify" in name] == []

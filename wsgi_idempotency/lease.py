@@ -130,7 +130,8 @@ class Heartbeat:
         changed = self._changed or self._begin()
         with changed:
             self._kept[kept.claim.token] = kept
-            if kept.due() < self._wake_at:
+            if (due := kept.due()) < self._wake_at:
+                self._wake_at = due
                 changed.notify()
 
     def _begin(self) -> threading.Condition:
@@ -157,9 +158,11 @@ class Heartbeat:
         while True:
             with changed:
                 now = time.monotonic()
-                self._wake_at = min(
-                    (kept.due() for kept in self._kept.values()), default=float("inf")
-                )
+                # With nothing to keep it still wakes when it was to, once: woken by each claim
+                # that comes alone and put to sleep by its end, it would take a switch of
+                # threads from every request.
+                planned = self._wake_at if self._wake_at > now else float("inf")
+                self._wake_at = min((kept.due() for kept in self._kept.values()), default=planned)
                 if self._wake_at > now:
                     timeout = self._wake_at - now
                     changed.wait(None if timeout == float("inf") else timeout)
