@@ -13,8 +13,10 @@ import hmac
 import itertools
 import json
 import re
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote_to_bytes
 
@@ -155,14 +157,17 @@ def digest_parts(*parts: bytes, secret: bytes | None = None) -> bytes:
 
     :returns: 32 bytes, different for different sequences of parts.
     """
-    joined = b"".join(map(_prefixed, parts))
+    joined = b"".join([piece for part in parts for piece in (_length(len(part)), part)])
     if secret is not None:
         return hmac.digest(secret, joined, "sha256")
     return hashlib.sha256(joined).digest()
 
 
+_length = struct.Struct(">Q").pack
+
+
 def _prefixed(part: bytes) -> bytes:
-    return len(part).to_bytes(8, "big") + part
+    return _length(len(part)) + part
 
 
 def _octets(text: str) -> bytes:
@@ -232,7 +237,11 @@ class _MediaType:
 
 
 def _media_type(environ: WSGIEnvironment) -> _MediaType:
-    text = environ.get("CONTENT_TYPE", "")
+    return _parsed(environ.get("CONTENT_TYPE", ""))
+
+
+@lru_cache(maxsize=128)  # nearly all clients of an application send the same few
+def _parsed(text: str) -> _MediaType:
     match = _ESSENCE.match(text)
     if match is None:
         return _malformed(text)

@@ -161,6 +161,8 @@ def printable(text: str, limit: int = 1024) -> str:
 
     :param limit: characters; a longer text is cut, and ends in an ellipsis.
     """
+    if len(text) <= limit and text.isascii() and text.isprintable():
+        return text
     made = _UNPRINTABLE.sub(_escape, text[: limit + 1])
     return made if len(made) <= limit else made[: limit - 1] + "…"
 
