@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ import pytest
 from click.testing import CliRunner, Result
 from psycopg import sql
 from servers.postgres import ORIGIN_VARIABLE, Postgres, PostgresServer, database_of
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, update
 from sqlalchemy.engine import make_url
+from table import add_rows, count_rows
 
 from wsgi_idempotency import checkup
 from wsgi_idempotency.checkup import Finding, PostgreSQLServer, SQLiteFile, Verdict
@@ -93,56 +93,6 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 def findings(url: str) -> dict[str, Finding]:
     """What a check of a database finds, by name."""
     return {finding.check: finding for finding in checkup.check_database(database_url(url))}
-
-
-def add_rows(
-    url: str, count: int, *, state: str = "completed", lapse: str = "release", expired: float = 3600
-) -> None:
-    """Add rows as the middleware leaves them.
-
-    :param expired: seconds since they expired; negative while they haven't.
-    """
-    with connect(url) as connection, connection.begin():
-        postgresql = connection.dialect.name == "postgresql"
-        now = datetime.now(timezone.utc) if postgresql else time.time()
-
-        def ago(seconds: float) -> Any:
-            return now - (timedelta(seconds=seconds) if postgresql else seconds)  # type: ignore[operator]
-
-        connection.execute(
-            idempotency_keys.insert(),
-            [
-                {
-                    "created_at": ago(expired + 100),
-                    "lease_until": ago(expired + 50),
-                    "expires_at": ago(expired),
-                    "completed_at": ago(expired + 60) if state == "completed" else None,
-                    "attempt": 1,
-                    "fingerprint_version": 1,
-                    "key_digest": os.urandom(32),
-                    "claim_token": os.urandom(16),
-                    "fingerprint": b"",
-                    "state": state,
-                    "lapse": lapse,
-                    "scope": "somebody",
-                    "idempotency_key": "k",
-                    "method": "POST",
-                    "path": "/",
-                    "response_status": "201 Created" if state == "completed" else None,
-                    "response_headers": "[]" if state == "completed" else None,
-                    "response_body": b"" if state == "completed" else None,
-                }
-                for _ in range(count)
-            ],
-        )
-
-
-def count_rows(url: str) -> int:
-    with connect(url) as connection:
-        count: int = connection.execute(
-            select(func.count()).select_from(idempotency_keys)
-        ).scalar_one()
-        return count
 
 
 def set_revision(url: str, revision: str | None) -> None:

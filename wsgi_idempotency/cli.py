@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsgi_idempotency.cli_options import EXIT_INTERRUPTED, database_option, seconds, store_of
+from wsgi_idempotency.cli_options import EXIT_INTERRUPTED, database_option, json_option
 from wsgi_idempotency.errors import IdempotencyError
 
 if TYPE_CHECKING:
@@ -21,11 +19,11 @@ if TYPE_CHECKING:
     from sqlalchemy.exc import SQLAlchemyError
 
     from wsgi_idempotency.checkup import Finding
-    from wsgi_idempotency.stores.sql import SQLStore
 
 #: Commands of which only the name and a line of help are here.
 ELSEWHERE = {
     "demo": "wsgi_idempotency.demo:demo",
+    "purge": "wsgi_idempotency.purge_command:purge",
     "list": "wsgi_idempotency.resolve_commands:list_operations",
     "show": "wsgi_idempotency.resolve_commands:show",
     "resolve": "wsgi_idempotency.resolve_commands:resolve",
@@ -124,7 +122,7 @@ def upgrade_advice(exc: SQLAlchemyError, database: URL) -> str:
 
 @main.command()
 @database_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def check(database: URL, as_json: bool) -> None:
     """Connect, and say whether the database keeps the promises.
 
@@ -179,72 +177,8 @@ def show_finding(finding: Finding) -> None:
 
 
 @main.command()
-@database_option
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=1000,
-    show_default=True,
-    help="Rows a statement deletes at most; each is a transaction of its own.",
-)
-@click.option(
-    "--sleep",
-    type=float,
-    default=0.1,
-    show_default=True,
-    callback=seconds,
-    help="Seconds to rest between batches.",
-)
-@click.option(
-    "--max-batches", type=click.IntRange(min=1), help="Stop after so many.  [default: no limit]"
-)
-def purge(database: URL, batch: int, sleep: float, max_batches: int | None) -> None:
-    """Delete expired rows, the oldest first.
-
-    Rows in flight, held, or within their retention stay. Requests are not blocked, and
-    several purges may run at once.
-    """
-    with store_of(database) as store:
-        deleted = 0
-        try:
-            with progress_bar(store, batch, max_batches) as advance:
-                for count in delete_expired(store, batch, sleep, max_batches):
-                    deleted += count
-                    advance(count)
-        finally:
-            click.echo(f"{deleted} expired rows deleted")
-
-
-def delete_expired(
-    store: SQLStore, batch: int, sleep: float, max_batches: int | None
-) -> Iterator[int]:
-    """Purge batch by batch; each count as it is done."""
-    done = 0
-    while True:
-        count = store.purge(batch)
-        yield count
-        done += 1
-        if count < batch or done == max_batches:
-            return
-        time.sleep(sleep)
-
-
-@contextlib.contextmanager
-def progress_bar(
-    store: SQLStore, batch: int, max_batches: int | None
-) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal; nothing elsewhere, and no counting beforehand."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from wsgi_idempotency.checkup import count_expired
-
-    with store.engine.connect() as connection:
-        total = count_expired(connection)
-    if max_batches is not None:
-        total = min(total, batch * max_batches)
-    with click.progressbar(length=total, label="Deleting", file=sys.stderr) as bar:
-        yield bar.update
+def purge() -> None:
+    """Delete expired rows, the oldest first."""
 
 
 @main.command("list")

@@ -4,8 +4,10 @@ can't be used."""
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -41,6 +43,36 @@ def seconds(ctx: click.Context, param: click.Parameter, value: float) -> float:
         raise click.BadParameter(f"{value} is not from 0 to 3600 seconds", ctx, param)
     return value
 
+
+def duration(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    """Seconds, of a text as in settings: ``90``, ``15 min``, ``7 days``."""
+    from wsgi_idempotency import settings
+
+    try:
+        return settings.duration("it", value)
+    except ConfigurationError as exc:
+        raise click.BadParameter(str(exc), ctx, param) from exc
+
+
+def observers_of(ctx: click.Context, param: click.Parameter, value: str | None) -> list[Any]:
+    from wsgi_idempotency.settings import load_observers
+
+    if value is None:
+        return []
+    try:
+        return load_observers("it", value)
+    except ConfigurationError as exc:
+        raise click.BadParameter(str(exc), ctx, param) from exc
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+observers_option = click.option(
+    "--on-event",
+    metavar="NAMES",
+    callback=observers_of,
+    help="Tell these observers: logging, prometheus, opentelemetry, or module:name.",
+)
 
 database_option = click.option(
     "--database",
@@ -83,3 +115,25 @@ def unavailable() -> Iterator[None]:
     except (StoreUnavailable, SQLAlchemyError) as exc:
         advice = "To see what is wrong, run: wsgi-idempotency check"
         raise click.ClickException(f"{reason(exc)}. {advice}") from exc
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """Set an event at the first SIGTERM or SIGINT; the next does what it did before."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def told_to_stop(number: int, frame: object) -> None:
+        restore()
+        stop.set()
+
+    for number in before:
+        signal.signal(number, told_to_stop)
+    try:
+        yield stop
+    finally:
+        restore()

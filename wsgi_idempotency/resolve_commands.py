@@ -7,11 +7,8 @@ import logging
 import os
 import pwd
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,7 +16,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from wsgi_idempotency.checkup import span
-from wsgi_idempotency.cli_options import EXIT_INTERRUPTED, database_option, seconds, store_of
+from wsgi_idempotency.cli_options import (
+    EXIT_INTERRUPTED,
+    database_option,
+    json_option,
+    seconds,
+    stopped_by_signals,
+    store_of,
+)
 from wsgi_idempotency.errors import ConfigurationError, NotResolvable
 from wsgi_idempotency.reconciler import FAILED, Reconciler, summary
 from wsgi_idempotency.records import Lapse, State, StoredResponse
@@ -63,7 +67,7 @@ _WITHOUT_BODY = (204, 205, 304)  # RFC 9110 sections 15.3.5, 15.3.6 and 15.4.5
 @click.option(
     "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="List so many."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def list_operations(database: URL, held: bool, lapsed: bool, limit: int, as_json: bool) -> None:
     """List operations whose outcome nobody knows.
 
@@ -160,7 +164,7 @@ scope_option = click.option(
 @database_option
 @key_argument
 @scope_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def show(database: URL, key: str, scope: str | None, as_json: bool) -> None:
     """Show one operation, and what was decided about it.
 
@@ -528,25 +532,3 @@ def reconcile(
     if once and stop.is_set():
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(1 if once and reconciler.counts[FAILED] else 0)
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[threading.Event]:
-    """Set an event at the first SIGTERM or SIGINT; the next does what it did before."""
-    stop = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def told_to_stop(number: int, frame: object) -> None:
-        restore()
-        stop.set()
-
-    for number in before:
-        signal.signal(number, told_to_stop)
-    try:
-        yield stop
-    finally:
-        restore()

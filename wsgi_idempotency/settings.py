@@ -76,7 +76,12 @@ def _words(name: str, text: str) -> list[str]:
 _OBSERVERS = ("logging", "prometheus", "opentelemetry")
 
 
-def _observers(name: str, text: str) -> list[Any]:
+def load_observers(name: str, text: str) -> list[Any]:
+    """The observers that names stand for, ours and the user's own.
+
+    :param name: of the setting, for the error.
+    :raises ConfigurationError: there is no such module or attribute, or it lacks its extra.
+    """
     return [
         load(name, f"{__package__}.observers.{word}:observe")
         if word in _OBSERVERS
@@ -149,7 +154,10 @@ def _sources(name: str, text: str) -> Any:
     return sources[0] if len(sources) == 1 else first_of(*sources)
 
 
-_duration = partial(_amount, _SECONDS, "30 s, 500 ms, 15 min, 24 h or 7 days")
+#: Seconds, of a text such as ``15 min``.
+duration: Callable[[str, str], float] = partial(
+    _amount, _SECONDS, "30 s, 500 ms, 15 min, 24 h or 7 days"
+)
 
 #: How the text of each option of a Policy is read.
 POLICY: dict[str, Reader] = {
@@ -159,9 +167,9 @@ POLICY: dict[str, Reader] = {
     "max_key_length": _whole,
     "namespace": _literally,
     "fingerprint": partial(_one, {"exact": exact, "canonical": canonical, "none": None}, {}),
-    "retention": _duration,
-    "lease": _duration,
-    "wait": _duration,
+    "retention": duration,
+    "lease": duration,
+    "wait": duration,
     "outcomes": partial(
         _one,
         {
@@ -193,7 +201,7 @@ OPTIONS: dict[str, Reader] = {
     ),
     "policy": partial(_one, {"none": None}, {}),
     "routes": load,
-    "on_event": _observers,
+    "on_event": load_observers,
     "render_problem": partial(_one, {"rfc9457": problems.rfc9457, "stripe": problems.stripe}, {}),
     "max_waiting": _whole,
     "secret": _literally,

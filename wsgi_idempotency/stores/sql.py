@@ -186,7 +186,8 @@ RETURNING row.claim_token"""
 # until the DELETE ends, so their ctid can't move. Index: ix_idempotency_keys_expires_at.
 _PG_PURGE = f"""
 DELETE FROM idempotency_keys WHERE ctid = ANY(ARRAY(
-    SELECT ctid FROM idempotency_keys WHERE {_PG_EXPIRED}
+    SELECT ctid FROM idempotency_keys
+    WHERE {_PG_EXPIRED} AND expires_at <= now() - make_interval(secs => %(older_than)s)
     ORDER BY expires_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED))"""
 
 # ---------------------------------------------------------------------- both
@@ -267,7 +268,8 @@ WHERE key_digest = :digest AND claim_token = :token AND state IN ('claimed', 'he
 
 _LITE_PURGE = f"""
 DELETE FROM idempotency_keys WHERE rowid IN (
-    SELECT rowid FROM idempotency_keys WHERE {_LITE_EXPIRED}
+    SELECT rowid FROM idempotency_keys
+    WHERE {_LITE_EXPIRED} AND expires_at <= {_LITE_NOW} - :older_than
     ORDER BY expires_at LIMIT :limit)"""
 
 
@@ -610,10 +612,17 @@ class SQLStore:
             return set()
         return self._call(lambda run: self._sql.renew(run, claims))
 
-    def purge(self, limit: int) -> int:
+    def purge(self, limit: int, *, older_than: float = 0.0) -> int:
+        """As :meth:`Store.purge <wsgi_idempotency.stores.base.Store.purge>`.
+
+        :param older_than: seconds that a row is kept after it has expired.
+        """
         if limit < 1:
             raise ValueError(f"limit is {limit!r}; use at least 1 row")
-        return self._call(lambda run: run(self._sql.PURGE, {"limit": limit}).rowcount)
+        if not older_than >= 0:
+            raise ValueError(f"older_than is {older_than!r}; use seconds, from 0")
+        params = {"limit": limit, "older_than": float(older_than)}
+        return self._call(lambda run: run(self._sql.PURGE, params).rowcount)
 
     def check(self) -> None:
         self._verify_schema()

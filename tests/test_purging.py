@@ -1,0 +1,225 @@
+"""Deleting expired rows: at once, with a grace period, again and again, by pg_cron."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psycopg
+import pytest
+from click.testing import CliRunner
+from sqlalchemy import Connection, text
+from table import add_rows, count_rows
+
+from wsgi_idempotency import SQLStore, checkup
+from wsgi_idempotency.cli import main
+from wsgi_idempotency.errors import StoreUnavailable
+from wsgi_idempotency.purging import purge, purge_forever
+from wsgi_idempotency.schema import connect, upgrade
+from wsgi_idempotency.stores.sql import _PG_PURGE
+
+COMMAND = Path(sys.executable).with_name("wsgi-idempotency")
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+HOUR = 3600.0
+
+
+@pytest.fixture
+def store(database: str) -> Iterator[SQLStore]:
+    with closing(SQLStore(database)) as store:
+        store.check()
+        yield store
+
+
+def spoil(store: SQLStore) -> None:
+    """One row of each kind that stays, and one that goes."""
+    url = store.url.render_as_string(hide_password=False)
+    add_rows(url, 1)
+    add_rows(url, 1, expired=-60)
+    add_rows(url, 1, state="held")
+    add_rows(url, 1, state="claimed", lapse="hold")
+
+
+def test_an_expired_row_is_kept_for_as_long_as_one_asks(store: SQLStore, database: str) -> None:
+    spoil(store)
+    add_rows(database, 2, expired=3 * HOUR)
+    assert sum(purge(store, older_than=4 * HOUR)) == 0
+    assert sum(purge(store, older_than=2 * HOUR)) == 2
+    assert sum(purge(store)) == 1
+    assert count_rows(database) == 3
+
+
+@pytest.mark.parametrize("older_than", [-1.0, float("nan")])
+def test_a_grace_period_is_a_number_of_seconds(sqlite_url: str, older_than: float) -> None:
+    with closing(SQLStore(sqlite_url)) as store, pytest.raises(ValueError, match="use seconds"):
+        store.purge(1, older_than=older_than)
+
+
+def test_every_batch_that_deleted_something_is_told(store: SQLStore, database: str) -> None:
+    add_rows(database, 4)
+    told = []
+    assert list(purge(store, batch=2, sleep=0.0, on_event=told.append)) == [2, 2, 0]
+    assert [(event.name, event.count, event.path) for event in told] == [("purged", 2, "")] * 2
+    assert all(event.seconds == event.store_seconds > 0 for event in told)
+
+
+def test_a_purge_that_is_stopped_ends_after_its_batch(store: SQLStore, database: str) -> None:
+    add_rows(database, 3)
+    stop = threading.Event()
+    batches = purge(store, batch=1, sleep=60.0, stop=stop)
+    assert next(batches) == 1
+    stop.set()
+    assert list(batches) == []
+    assert count_rows(database) == 2
+
+
+class Clock(threading.Event):
+    """Lets no time pass, and is set after so many pauses."""
+
+    def __init__(self, pauses: int) -> None:
+        super().__init__()
+        self.waited: list[float] = []
+        self._pauses = pauses
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.waited.append(timeout)
+        if len(self.waited) == self._pauses:
+            self.set()
+        return self.is_set()
+
+
+def test_it_purges_again_and_again_with_pauses_that_differ(store: SQLStore, database: str) -> None:
+    add_rows(database, 1)
+    clock = Clock(50)
+    counts = purge_forever(store, interval=100.0, stop=clock)
+    assert next(counts) == 1
+    add_rows(database, 1)
+    assert next(counts) == 1
+    assert list(counts) == [0] * 48
+    assert len(set(clock.waited)) == 50
+    assert 50 <= min(clock.waited) < 90
+    assert 110 < max(clock.waited) <= 150
+
+
+def test_a_purge_that_runs_for_ever_survives_its_database(sqlite_url: str, caplog) -> None:
+    class Broken(SQLStore):
+        def purge(self, limit: int, *, older_than: float = 0.0) -> int:
+            raise StoreUnavailable("down")
+
+    with closing(Broken(sqlite_url)) as store:
+        assert list(purge_forever(store, stop=Clock(2))) == []
+    assert caplog.text.count("a purge broke off, and is tried again: down") == 2
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_the_command_keeps_what_is_younger(database: str) -> None:
+    upgrade(database)
+    add_rows(database, 1, expired=HOUR)
+    add_rows(database, 2, expired=3 * HOUR)
+    arguments = ["purge", "--database", database, "--json"]
+    done = CliRunner().invoke(main, [*arguments, "--older-than", "2 h"])
+    assert json.loads(done.output) == {"deleted": 2, "interrupted": False}
+    assert count_rows(database) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--older-than", "soon", "use one like 30 s"),
+        ("--interval", "-1", "use one like 30 s"),
+        ("--on-event", "print", "use module:name"),
+    ],
+)
+def test_the_command_refuses_what_it_can_not_use(option: str, value: str, said: str) -> None:
+    done = CliRunner().invoke(main, ["purge", "--database", "sqlite:///none", option, value])
+    assert done.exit_code == 2
+    assert f"Invalid value for '{option}'" in done.output
+    assert said in " ".join(done.output.split())
+
+
+def test_a_signal_ends_a_purge_for_ever_between_two_batches(database: str) -> None:
+    """With success, as a service that was told to stop; and it tells its observers meanwhile."""
+    upgrade(database)
+    add_rows(database, 5)
+    process = subprocess.Popen(
+        [COMMAND, "purge", "--database", database, "--forever", "--on-event", "logging",
+         "--batch", "2", "--sleep", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    with process:
+        assert process.stderr is not None
+        for count in (2, 2, 1):
+            assert f"INFO purged count={count} " in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate()
+    assert (process.returncode, said) == (0, "5 expired rows deleted\n")
+
+
+# ---------------------------------------------------------------------- the bar
+
+
+def test_what_is_too_much_to_count_is_guessed(
+    pg_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_rows(pg_database, 500, expired=HOUR)
+    add_rows(pg_database, 500, expired=-HOUR)
+    with connect(pg_database) as connection, connection.begin():
+        connection.execute(text("ANALYZE idempotency_keys"))
+    assert about(pg_database) == 500
+    monkeypatch.setattr(checkup, "COUNTED", 100)
+    assert 400 < about(pg_database) < 600
+    assert about(pg_database, older_than=2 * HOUR) == 0
+
+
+def test_sqlite_counts_what_is_older(sqlite_url: str) -> None:
+    upgrade(sqlite_url)
+    add_rows(sqlite_url, 3, expired=HOUR)
+    assert (about(sqlite_url), about(sqlite_url, older_than=2 * HOUR)) == (3, 0)
+
+
+def about(url: str, older_than: float = 0.0) -> int:
+    connection: Connection
+    with connect(url) as connection:
+        return checkup.about_expired(connection, older_than)
+
+
+# ---------------------------------------------------------------------- pg_cron
+
+
+def cron_job() -> str:
+    """What the documentation has pg_cron run."""
+    page = (DOCS / "purge.md").read_text(encoding="utf-8")
+    (job,) = re.findall(r"cron\.schedule\(.*?\$\$(.*?)\$\$", page, re.DOTALL)
+    return job
+
+
+def test_the_job_of_pg_cron_deletes_what_the_command_does(pg_database: str) -> None:
+    with closing(SQLStore(pg_database)) as store:
+        spoil(store)
+    conninfo = pg_database.replace("postgresql+psycopg", "postgresql")
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        assert connection.execute(cron_job()).rowcount == 1  # type: ignore[call-overload]
+        assert connection.execute(cron_job()).rowcount == 0  # type: ignore[call-overload]
+    assert count_rows(pg_database) == 3
+
+
+def test_the_job_of_pg_cron_is_the_package_s_own_statement() -> None:
+    def words(statement: str) -> str:
+        return "".join(statement.split()).rstrip(";")
+
+    grace = "AND expires_at <= now() - make_interval(secs => %(older_than)s)"
+    ours = words(_PG_PURGE).replace(words(grace), "").replace("%(limit)s", "10000")
+    assert words(cron_job()) == ours
