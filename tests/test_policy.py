@@ -78,6 +78,16 @@ def test_methods_and_replayed_headers_are_taken_in_any_case():
             "give transaction=True",
             id="isolation of no transaction",
         ),
+        pytest.param(
+            {"claim_durability": "none"},
+            '"synchronous" or "asynchronous"',
+            id="an unknown durability",
+        ),
+        pytest.param(
+            {"transaction": True, "claim_durability": "asynchronous"},
+            "in one commit",
+            id="an asynchronous claim of a transaction",
+        ),
         pytest.param({"max_key_length": 0}, "at least 1", id="no length for a key"),
         pytest.param({"max_key_length": True}, "whole number", id="a length that is True"),
         pytest.param({"max_request_bytes": -1}, "at least 0", id="a negative number of bytes"),

@@ -57,7 +57,7 @@ from wsgi_idempotency.problems import Problem, Renderer, problem
 from wsgi_idempotency.protocol import Action, Outcome
 from wsgi_idempotency.records import Claim, Claimed, Completion, Record
 from wsgi_idempotency.stores import open_store
-from wsgi_idempotency.stores.base import TransactionalStore
+from wsgi_idempotency.stores.base import AsynchronousStore, TransactionalStore
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -148,6 +148,14 @@ class IdempotencyMiddleware:
             raise ConfigurationError(
                 f"transaction=True needs a store whose transactions an application can join;"
                 f" {type(self.store).__name__} is none, use PostgreSQL or SQLite"
+            )
+        if any(p.claim_durability == "asynchronous" for p in policies if p is not None) and not (
+            isinstance(self.store, AsynchronousStore) and self.store.claims_asynchronously
+        ):
+            raise ConfigurationError(
+                'claim_durability="asynchronous" needs PostgreSQL, where one commit can do without'
+                f" the disk and the next can't; {self.store!r} has one durability for all it"
+                ' commits, use "synchronous"'
             )
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -304,6 +312,7 @@ class _Request:
             lease=policy.lease_seconds,
             retention=policy.retention_seconds,
             lapse=policy.lapse,
+            asynchronous=policy.claim_durability == "asynchronous",
         )
 
     def _fingerprint(self, version: int) -> bytes:

@@ -25,6 +25,7 @@ ScopeCallable = Callable[..., "str | None"]  # Flask's extension takes some with
 
 IsolationLevel = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 ISOLATION_LEVELS = get_args(IsolationLevel)
+Durability = Literal["synchronous", "asynchronous"]
 
 _LONGEST = 100 * 365 * 86400.0  # seconds; a century
 
@@ -60,6 +61,12 @@ class Policy:
     :param isolation_level: of that transaction: ``"READ COMMITTED"``, ``"REPEATABLE READ"``
         or ``"SERIALIZABLE"`` (PostgreSQL documentation, 13.2); None for the database's
         default.
+    :param claim_durability: ``"synchronous"``: the claim is on the disk before the handler
+        runs. ``"asynchronous"``, on PostgreSQL: it need not be, which saves one of a fresh
+        key's two waits for the disk. A crash of the database may then forget a claim in
+        flight, though never one whose operation has committed anything in the same cluster
+        since (PostgreSQL documentation, 30.4). For calls to other systems rely on
+        ``derive_key``.
     :param max_request_bytes: a larger request body is refused with 413.
     :param max_response_bytes: a larger response is sent in full and remembered as done
         but not replayable.
@@ -83,6 +90,7 @@ class Policy:
     outcomes: Outcomes = store_success
     transaction: bool = False
     isolation_level: IsolationLevel | None = None
+    claim_durability: Durability = "synchronous"
     max_request_bytes: int = 16 * 1024 * 1024
     max_response_bytes: int = 4 * 1024 * 1024
     replay_headers: Collection[str] = ()
@@ -134,6 +142,16 @@ class Policy:
         if self.isolation_level is not None and not self.transaction:
             raise ConfigurationError(
                 "isolation_level is the transaction's; give transaction=True with it"
+            )
+        if self.claim_durability not in get_args(Durability):
+            raise ConfigurationError(
+                f'claim_durability is {self.claim_durability!r}; use "synchronous" or'
+                ' "asynchronous"'
+            )
+        if self.transaction and self.claim_durability == "asynchronous":
+            raise ConfigurationError(
+                "transaction=True commits the claim with the response and what the application"
+                ' wrote, in one commit; leave claim_durability="asynchronous" out of it'
             )
         if self.transaction and self.on_store_failure == "bypass":
             raise ConfigurationError(

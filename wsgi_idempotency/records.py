@@ -73,6 +73,7 @@ class Claim:
     :param lease: seconds the claim outlives its last heartbeat.
     :param retention: seconds from the claim until the row expires.
     :param lapse: what it means when the lease runs out.
+    :param asynchronous: the claim need not be on the disk before it is granted.
     """
 
     digest: bytes
@@ -86,6 +87,7 @@ class Claim:
     lease: float
     retention: float
     lapse: Lapse
+    asynchronous: bool = False
 
 
 @dataclass(frozen=True, slots=True)

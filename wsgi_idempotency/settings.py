@@ -181,6 +181,7 @@ POLICY: dict[str, Reader] = {
     ),
     "transaction": _flag,
     "isolation_level": _literally,
+    "claim_durability": _literally,
     "max_request_bytes": _size,
     "max_response_bytes": _size,
     "replay_headers": _words,

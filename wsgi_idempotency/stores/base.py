@@ -195,3 +195,17 @@ class TransactionalStore(Store, Protocol):
         :raises StoreUnavailable: the store can't be reached, or has no connection free;
             nothing was claimed.
         """
+
+
+@runtime_checkable
+class AsynchronousStore(Store, Protocol):
+    """The optional ability to grant a claim before it is on the disk.
+
+    Needed for ``Policy(claim_durability="asynchronous")``. A claim that has ``asynchronous``
+    set may be forgotten when the store crashes, and not otherwise; and not any more once
+    anything that was done under it has become durable in the same store.
+    """
+
+    @property
+    def claims_asynchronously(self) -> bool:
+        """Whether this one has it."""

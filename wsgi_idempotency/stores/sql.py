@@ -104,6 +104,15 @@ WITH seen AS (
 SELECT won.attempt, seen.*
 FROM (SELECT 1) AS one LEFT JOIN won ON true LEFT JOIN seen ON true"""
 
+# The same, without waiting for the disk (Policy.claim_durability). set_config() with
+# is_local is SET LOCAL within the statement: the setting is read when the statement's own
+# transaction commits, and is gone with it, so that no pooler hands it on. WAL is one
+# sequence: the next commit that does wait, by anybody in the cluster, makes this one durable
+# before itself (PostgreSQL documentation, 30.4).
+_PG_CLAIM_ASYNCHRONOUSLY = _PG_CLAIM.replace(
+    "FROM (SELECT 1) AS one", "FROM (SELECT set_config('synchronous_commit', 'off', true)) AS one"
+)
+
 # The same within a transaction (transaction mode), and in the same round trip the key's
 # lock, which is the transaction's: whoever finds it taken doesn't insert, so nobody waits
 # in the primary key for a whole handler. This statement's snapshot is older than the lock.
@@ -296,7 +305,16 @@ class _PostgreSQL:
     LOOKUP = _PG_LOOKUP
 
     _STRAIGHT = frozenset(
-        {_PG_CLAIM, _PG_TAKE_OVER, _PG_LOOKUP, _PG_COMPLETE, RELEASE, HOLD, FORGET}
+        {
+            _PG_CLAIM,
+            _PG_CLAIM_ASYNCHRONOUSLY,
+            _PG_TAKE_OVER,
+            _PG_LOOKUP,
+            _PG_COMPLETE,
+            RELEASE,
+            HOLD,
+            FORGET,
+        }
     )
 
     def __init__(self, prepare: bool) -> None:
@@ -331,9 +349,10 @@ class _PostgreSQL:
         return run
 
     def claim(self, run: _Run, claim: Claim) -> Claimed | Record:
+        statement = _PG_CLAIM_ASYNCHRONOUSLY if claim.asynchronous else _PG_CLAIM
         for _ in range(_LOOKS):
             try:
-                row = run(_PG_CLAIM, _claim_params(claim)).fetchone()
+                row = run(statement, _claim_params(claim)).fetchone()
             except Exception as exc:
                 if sqlstate_of(exc) in SERIALIZATION:
                     continue
@@ -549,6 +568,11 @@ class SQLStore:
         self._transactions: Engine | None = None
         self._verified = False  # this process has seen a schema that will do
         _stores.add(self)
+
+    @property
+    def claims_asynchronously(self) -> bool:
+        """See :class:`~wsgi_idempotency.stores.base.AsynchronousStore`."""
+        return self._postgresql
 
     def __repr__(self) -> str:
         return f"SQLStore({shown(self.url)!r})"
