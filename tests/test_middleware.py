@@ -1868,7 +1868,9 @@ def away(path):
 
 
 def read_only(path):
-    SQLStore(f"sqlite:///{path}/keys.db").check()
+    store = SQLStore(f"sqlite:///{path}/keys.db")
+    store.check()
+    store.close()
     return f"sqlite:///file:{path}/keys.db?mode=ro&uri=true"
 
 
@@ -2213,7 +2215,7 @@ def test_a_child_that_a_handler_forks_leaves_the_claim_to_its_parent(sqlite_url)
     """Its exit passes through the middleware as an exception of the handler's would."""
     code = FORKING.format(path=[os.path.dirname(__file__)], url=sqlite_url)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore:.*fork:DeprecationWarning", "-c", code],
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
         capture_output=True,
         text=True,
         timeout=60,
