@@ -30,9 +30,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, create_engine, inspect,
 from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
-from werkzeug.test import Client
 
-from wsgi_idempotency import IdempotencyMiddleware, everyone
 from wsgi_idempotency.errors import ConfigurationError, SchemaError
 from wsgi_idempotency.schema import POSTGRESQL_LOCK, Upgrade, connect, upgrade, upgrade_connection
 from wsgi_idempotency.stores import tables
@@ -267,60 +265,6 @@ def test_a_database_of_another_kind_is_refused(wrong: str) -> None:
 
 
 # ---------------------------------------------------------------------- the release before
-
-# What release 0.1.0 recorded of POST /pay with the body "pay", key "k" and scope everyone.
-DIGEST_OF_0001 = "fd4b97e068ce65b2c5ebc8b09903dd73abe9847f8af9917d9b6f154ae1020873"
-FINGERPRINT_OF_0001 = "ca6ecb1165514178102862aac27222788443d9b7d59a150ba052f91e2d3f29ea"
-
-SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
-
-ROW_OF_0001 = """
-    INSERT INTO idempotency_keys (
-        created_at, lease_until, expires_at, completed_at, attempt, fingerprint_version,
-        key_digest, claim_token, fingerprint, state, lapse, scope, idempotency_key, method,
-        path, response_status, response_headers, not_replayable, response_body)
-    VALUES (
-        {now}, {now}, {tomorrow}, {now}, 1, 1, {digest}, {token}, {fingerprint}, 'completed',
-        'release', 'everyone', 'k', 'POST', '/pay', '201 Made It',
-        '[["Location","/charges/1"],["Link","<1>"],["Link","<2>"]]', NULL, {body})"""
-
-
-def row_of_0001(postgresql: bool) -> str:
-    now, tomorrow, bytes_ = (
-        ("now()", "now() + interval '1 day'", "decode('{}', 'hex')")
-        if postgresql
-        else (SQLITE_NOW, f"{SQLITE_NOW} + 86400", "x'{}'")
-    )
-    return ROW_OF_0001.format(
-        now=now,
-        tomorrow=tomorrow,
-        digest=bytes_.format(DIGEST_OF_0001),
-        token=bytes_.format("00" * 16),
-        fingerprint=bytes_.format(FINGERPRINT_OF_0001),
-        body=bytes_.format(b'{"id": 1}'.hex()),
-    )
-
-
-def test_a_row_of_the_first_schema_replays_after_the_upgrade(url: str) -> None:
-    """As it was written then: key, payload and response are read as they were meant."""
-    upgrade(url, "0001")
-    with connect(url) as connection, connection.begin():
-        connection.exec_driver_sql(row_of_0001(connection.dialect.name == "postgresql"))
-    assert upgrade(url) == Upgrade("0001", tables.SCHEMA_REVISION)
-
-    def handler(environ: object, start_response: object) -> list[bytes]:
-        raise AssertionError("the handler ran again")
-
-    app = IdempotencyMiddleware(handler, url, scope=everyone)
-    client = Client(app)
-    replay = client.post("/pay", data=b"pay", headers={"Idempotency-Key": "k"})
-    other = client.post("/pay", data=b"pay more", headers={"Idempotency-Key": "k"})
-    app.store.close()
-    assert (replay.status, replay.data) == ("201 Made It", b'{"id": 1}')
-    assert replay.headers["Idempotency-Replayed"] == "true"
-    assert replay.headers["Location"] == "/charges/1"
-    assert replay.headers.getlist("Link") == ["<1>", "<2>"]
-    assert other.status_code == 422
 
 
 def test_the_table_of_resolutions_comes_without_a_change_to_the_keys(url: str) -> None:
