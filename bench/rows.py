@@ -70,7 +70,7 @@ def load(
     conninfo = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(conninfo, autocommit=True) as connection:
         with connection.transaction():
-            connection.execute("TRUNCATE idempotency_keys")
+            connection.execute("TRUNCATE idempotency_keys CASCADE")
             # Built at the end, an index is sorted once instead of searched for each row.
             connection.execute("ALTER TABLE idempotency_keys DROP CONSTRAINT pk_idempotency_keys")
             connection.execute("DROP INDEX ix_idempotency_keys_expires_at")

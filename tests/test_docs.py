@@ -14,7 +14,11 @@ from wsgi_idempotency import Outcome, hold_unknown, store_everything, store_succ
 from wsgi_idempotency.cli import main
 from wsgi_idempotency.problems import CODES, problem
 from wsgi_idempotency.protocol import NEVER_AN_OUTCOME
-from wsgi_idempotency.stores.tables import idempotency_keys, idempotency_resolutions
+from wsgi_idempotency.stores.tables import (
+    idempotency_keys,
+    idempotency_resolutions,
+    idempotency_steps,
+)
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -75,7 +79,9 @@ def test_the_statuses_that_are_never_an_outcome_are_all_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "table", [idempotency_keys, idempotency_resolutions], ids=lambda table: table.name
+    "table",
+    [idempotency_keys, idempotency_steps, idempotency_resolutions],
+    ids=lambda table: table.name,
 )
 def test_every_column_of_a_table_is_in_the_schema_page(table: Table) -> None:
     cells = [row[0] for row in rows(section(page("schema.md"), table.name))]

@@ -171,7 +171,7 @@ def test_models_and_migrations_are_one_schema_on_sqlite(tmp_path: Path) -> None:
     upgrade(migrated)
     create_all(modelled)
     assert catalog(migrated) == catalog(modelled)
-    assert len(catalog(migrated)) == 8  # three tables, three keys, two indexes
+    assert len(catalog(migrated)) == 10  # four tables, four keys, two indexes
 
 
 def test_alembic_sees_nothing_to_change(url: str) -> None:

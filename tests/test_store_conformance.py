@@ -94,7 +94,7 @@ class TestPostgreSQL(SQLConformance):
     @pytest.fixture(autouse=True)
     def storage(self, database: str, postgres: Postgres) -> None:
         self.process_argument = database
-        postgres.execute("TRUNCATE idempotency_keys", database_of(database))
+        postgres.execute("TRUNCATE idempotency_keys, idempotency_steps", database_of(database))
 
     def unreachable_store(self) -> Store:
         return SQLStore("postgresql+psycopg://nobody@127.0.0.1:1/nowhere", timeout=0.5)

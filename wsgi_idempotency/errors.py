@@ -79,3 +79,22 @@ class CommitUnknown(TransactionError):
 
 class NoTransaction(IdempotencyError, RuntimeError):
     """Raised when a handler asks for its transaction and its policy has none."""
+
+
+class ClaimLost(IdempotencyError):
+    """Raised when a handler goes on with an operation that somebody else has taken over."""
+
+
+class StepRefused(IdempotencyError, RuntimeError):
+    """Raised when a step can't be run: it is inside another, it has run in this attempt
+    already, or the policy or the store has no steps. Its function is not called."""
+
+
+class StepNotStorable(IdempotencyError, ValueError):
+    """Raised when what a step's function returned is not JSON or too large: it has run, and
+    is not recorded."""
+
+
+class GuardRefused(IdempotencyError, RuntimeError):
+    """Raised when a session can't be guarded: the policy or the store doesn't allow it, or the
+    session's database is not the store's."""

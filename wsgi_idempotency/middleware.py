@@ -258,6 +258,8 @@ class _Request:
             attempt=standing.attempt,
             secret=self.middleware.secret,
             transaction=transaction,
+            store=self.middleware.store,
+            max_step_bytes=self.policy.max_step_bytes,
         )
         if transaction is not None:
             return _Transacted(self, operation, transaction).run()

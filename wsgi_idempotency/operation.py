@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import hmac
 import uuid
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from werkzeug.local import LocalProxy
 
-from wsgi_idempotency.errors import NoTransaction
+from wsgi_idempotency.errors import ClaimLost, NoTransaction, StepRefused
 from wsgi_idempotency.protocol import Action
 from wsgi_idempotency.records import Claim
-from wsgi_idempotency.stores.base import Transaction
+from wsgi_idempotency.steps import Steps
+from wsgi_idempotency.stores.base import Store, Transaction
+
+_T = TypeVar("_T")
 
 ENVIRON_KEY = "wsgi_idempotency.operation"
 
@@ -33,8 +37,11 @@ class Operation:
         attempt: int,
         secret: bytes | None,
         transaction: Transaction | None = None,
+        store: Store | None = None,
+        max_step_bytes: int = 0,
     ) -> None:
         self._claim = claim
+        self._steps = Steps(claim, store, max_step_bytes)
         self._secret = secret
         self._transaction = transaction
         #: The application has asked for the transaction's connection.
@@ -74,6 +81,49 @@ class Operation:
             )
         self.joined = True
         return self._transaction.connection
+
+    def step(self, name: str, function: Callable[[], _T]) -> _T:
+        """Run a part of the operation once, and remember its result.
+
+        The first attempt that comes here runs ``function`` and records what it returned, in a
+        short transaction of its own, before this returns. A later attempt at the same
+        operation gets that result, and ``function`` is not called. So an attempt that follows
+        a crash goes on after the last step that was finished, where the policy lets one follow
+        (RELEASE).
+
+        A worker may die when ``function`` has run and its result is not recorded. The next
+        attempt runs it again: let it carry a :meth:`derive_key` to a system that knows it.
+
+        :param name: names the step within the operation: 1 to 200 printable characters. Each
+            name is for one step of an attempt; a step whose function has raised may be tried
+            again.
+        :param function: called without arguments. What it returns must be JSON (``dict``,
+            ``list``, ``str``, ``int``, ``float``, ``bool`` or None), of ``max_step_bytes`` of the
+            policy at most. It must not run another step.
+        :returns: the result as JSON has it, also from the attempt that ran the function: a
+            tuple is a list, and the keys of a dict are texts.
+        :raises StepRefused: the step was not run: it is inside another, its name was used in
+            this attempt, the policy has ``transaction=True``, whose rollback would forget it,
+            the operation has ended, or the store has no steps.
+        :raises ClaimLost: somebody else has taken the operation over. As a rule found out
+            before the function is called; where it happened meanwhile, nothing is recorded.
+        :raises StepNotStorable: the function has run, and what it returned can't be recorded.
+        :raises StoreUnavailable: the store can't be reached. Where the function has run already,
+            its result was tried to record for 10 s, and is not known to be recorded.
+        """
+        if self._transaction is not None:
+            raise StepRefused(
+                f"step {name!r} was not run: in transaction mode a rollback would forget what has"
+                " happened. Use a policy without transaction=True"
+            )
+        if self.ended:
+            raise StepRefused(f"step {name!r} was not run: its operation has ended")
+        if self.lost:
+            raise ClaimLost(
+                f"step {name!r} was not run: its claim is lost: somebody else has it, or it is held"
+            )
+        result: _T = self._steps.run(name, function)
+        return result
 
     def derive_key(self, name: str) -> str:
         """A key for a call to another system: the same on every attempt at this operation,

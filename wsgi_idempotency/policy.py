@@ -70,6 +70,8 @@ class Policy:
     :param max_request_bytes: a larger request body is refused with 413.
     :param max_response_bytes: a larger response is sent in full and remembered as done
         but not replayable.
+    :param max_step_bytes: the largest result of a step, in bytes of JSON; a larger one is an
+        error, raised once the step's function has run.
     :param replay_headers: names of fields that are replayed although filtered by
         default, such as ``Set-Cookie``.
     :param on_store_failure: what happens when the store can't be reached before the
@@ -93,6 +95,7 @@ class Policy:
     claim_durability: Durability = "synchronous"
     max_request_bytes: int = 16 * 1024 * 1024
     max_response_bytes: int = 4 * 1024 * 1024
+    max_step_bytes: int = 64 * 1024  # what a later step needs to know, not a document
     replay_headers: Collection[str] = ()
     on_store_failure: Literal["refuse", "bypass"] = "refuse"
 
@@ -162,6 +165,7 @@ class Policy:
             ("max_key_length", 1),
             ("max_request_bytes", 0),
             ("max_response_bytes", 0),
+            ("max_step_bytes", 1),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -110,6 +110,8 @@ class Record:
     :param past_retention: ``expires_at`` has passed.
     :param age: seconds since the operation was first claimed.
     :param lease_left: seconds until the lease runs out; negative once it has.
+    :param effects: the application has committed what it wrote under a guard, so the
+        operation is done, whether or not its response is recorded.
     :param status: the status line of a completed operation, else None.
     :param headers: the headers of a completed operation.
     :param body: the body, or None when there is nothing to replay.
@@ -127,6 +129,7 @@ class Record:
     past_retention: bool
     age: float
     lease_left: float
+    effects: bool = False
     status: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes | None = None
@@ -143,5 +146,15 @@ class Record:
         if not self.past_retention:
             return False
         if self.state is State.CLAIMED:
-            return self.lapsed and self.lapse is Lapse.RELEASE
+            return self.lapsed and (self.effects or self.lapse is Lapse.RELEASE)
         return self.state is not State.HELD
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a store knows of a step of an operation.
+
+    :param result: the JSON text that was recorded of it, or None when nothing was.
+    """
+
+    result: str | None

@@ -184,6 +184,7 @@ POLICY: dict[str, Reader] = {
     "claim_durability": _literally,
     "max_request_bytes": _size,
     "max_response_bytes": _size,
+    "max_step_bytes": _size,
     "replay_headers": _words,
     "on_store_failure": _literally,
 }

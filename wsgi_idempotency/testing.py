@@ -48,8 +48,8 @@ import pytest
 
 from wsgi_idempotency.crashing import CrashPoint, crash_at
 from wsgi_idempotency.errors import StoreUnavailable
-from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State
-from wsgi_idempotency.stores.base import Store
+from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State, Step
+from wsgi_idempotency.stores.base import StepStore, Store
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -257,6 +257,26 @@ def owner_against_heir(
         else:
             won.append(SETTLEMENTS[way](store, claim.digest, claim.token))
     return won
+
+
+def step_against_heir(
+    store: Store, meet: Meet, worker: int, owners: list[tuple[str, bytes]]
+) -> list[bool | Step | None]:
+    """The first worker records a step of claims that have lapsed, the others take them over and
+    look for it; None for those who come too late."""
+    assert isinstance(store, StepStore)
+    answers: list[bool | Step | None] = []
+    for name, token in owners:
+        mine = make_claim(name)
+        seen = lookup(store, mine)
+        meet()
+        if worker == 0:
+            answers.append(store.record_step(mine.digest, token, "charge", "1"))
+        elif store.take_over(mine, seen) is None:
+            answers.append(None)
+        else:
+            answers.append(store.step(mine.digest, mine.token, "charge"))
+    return answers
 
 
 def churn(store: Store, meet: Meet, worker: int, name: str, turns: int) -> list[int]:
@@ -1291,6 +1311,140 @@ class StoreConformance:
         """Which is no error."""
         assert store.purge(10) == 0
 
+    # Steps, where a store has them.
+
+    @pytest.fixture
+    def steps(self, store: Store) -> StepStore:
+        if not isinstance(store, StepStore):
+            pytest.skip("this store has no steps")
+        return store
+
+    def test_a_step_is_known_once_it_is_recorded(self, steps: StepStore) -> None:
+        """By its name, and for its operation alone."""
+        claim, other = Situation().arrange(steps), Situation().arrange(steps, "another key")
+        assert steps.step(claim.digest, claim.token, "charge") == Step(None)
+        assert steps.record_step(claim.digest, claim.token, "charge", '"ch_1"') is True
+        assert steps.step(claim.digest, claim.token, "charge") == Step('"ch_1"')
+        assert steps.step(claim.digest, claim.token, "Charge") == Step(None)
+        assert steps.step(other.digest, other.token, "charge") == Step(None)
+
+    def test_every_step_of_an_operation_is_known(self, steps: StepStore) -> None:
+        """Results of any length keep their text."""
+        claim = Situation().arrange(steps)
+        results = {f"step {n}": f'"{"x" * n * 1000}"' for n in range(20)}
+        for name, result in results.items():
+            assert steps.record_step(claim.digest, claim.token, name, result) is True
+        for name, result in results.items():
+            assert steps.step(claim.digest, claim.token, name) == Step(result)
+
+    def test_a_step_recorded_again_stands(self, steps: StepStore) -> None:
+        """The answer to the first call may have been lost."""
+        claim = Situation().arrange(steps)
+        for _ in range(2):
+            assert steps.record_step(claim.digest, claim.token, "charge", "1") is True
+        assert steps.step(claim.digest, claim.token, "charge") == Step("1")
+
+    @each(RERUNNABLE)
+    def test_a_take_over_finds_the_steps_of_its_operation(
+        self, steps: StepStore, situation: Situation
+    ) -> None:
+        """And goes on after the last that was finished."""
+        owner = make_claim(lease=situation.lease, lapse=situation.lapse)
+        steps.claim(owner)
+        assert steps.record_step(owner.digest, owner.token, "reserve", "1") is True
+        settle(steps, situation.settled, owner)
+        heir = make_claim()
+        assert steps.take_over(heir, lookup(steps, owner)) == Claimed(2)
+        assert steps.step(heir.digest, heir.token, "reserve") == Step("1")
+        assert steps.step(heir.digest, heir.token, "charge") == Step(None)
+        assert steps.record_step(heir.digest, heir.token, "charge", "2") is True
+
+    @each(EXPIRED)
+    def test_an_expired_row_claimed_anew_has_no_steps(
+        self, steps: StepStore, situation: Situation
+    ) -> None:
+        """It is another operation, whose step of the same name is its own."""
+        owner = make_claim(
+            lease=situation.lease, retention=situation.retention, lapse=situation.lapse
+        )
+        steps.claim(owner)
+        assert steps.record_step(owner.digest, owner.token, "charge", "1") is True
+        settle(steps, situation.settled, owner)
+        heir = make_claim()
+        assert steps.take_over(heir, lookup(steps, owner)) == Claimed(1)
+        assert steps.step(heir.digest, heir.token, "charge") == Step(None)
+        assert steps.record_step(heir.digest, heir.token, "charge", "2") is True
+        assert steps.step(heir.digest, heir.token, "charge") == Step("2")
+
+    @pytest.mark.parametrize("gone", ["forgotten", "purged"])
+    def test_steps_go_with_the_row(self, steps: StepStore, gone: str) -> None:
+        """Whoever claims the key next has none."""
+        owner = make_claim(retention=BEFORE if gone == "forgotten" else AFTER)
+        steps.claim(owner)
+        assert steps.record_step(owner.digest, owner.token, "charge", "1") is True
+        if gone == "forgotten":
+            assert steps.forget(owner.digest, owner.token) is True
+        else:
+            assert steps.complete(owner.digest, owner.token, DONE) is True
+            assert steps.purge(10) == 1
+        heir = make_claim()
+        assert steps.claim(heir) == Claimed(1)
+        assert steps.step(heir.digest, heir.token, "charge") == Step(None)
+
+    @each(RERUNNABLE | EXPIRED)
+    def test_a_claim_that_was_taken_over_records_no_step(
+        self, steps: StepStore, situation: Situation
+    ) -> None:
+        """Nor is it told what its successor has recorded."""
+        owner = situation.arrange(steps)
+        heir = make_claim()
+        assert steps.take_over(heir, lookup(steps, owner)) is not None
+        assert steps.step(owner.digest, owner.token, "charge") is None
+        assert steps.record_step(owner.digest, owner.token, "charge", "1") is False
+        assert steps.step(heir.digest, heir.token, "charge") == Step(None)
+        assert steps.record_step(heir.digest, heir.token, "charge", "2") is True
+        assert steps.record_step(owner.digest, owner.token, "charge", "1") is False
+        assert steps.step(heir.digest, heir.token, "charge") == Step("2")
+
+    def test_a_lapsed_claim_that_nobody_took_still_has_steps(self, steps: StepStore) -> None:
+        """A worker that was only slow goes on."""
+        owner = LAPSED.arrange(steps)
+        assert steps.step(owner.digest, owner.token, "charge") == Step(None)
+        assert steps.record_step(owner.digest, owner.token, "charge", "1") is True
+
+    def test_a_held_claim_begins_no_step_and_records_one_that_has_run(
+        self, steps: StepStore
+    ) -> None:
+        """Whatever is decided about it, that this has happened is worth knowing."""
+        owner = Situation(settled=State.HELD).arrange(steps)
+        assert steps.step(owner.digest, owner.token, "charge") is None
+        assert steps.record_step(owner.digest, owner.token, "charge", "1") is True
+
+    @pytest.mark.parametrize("state", [State.RELEASED, State.COMPLETED])
+    def test_a_settled_claim_has_no_steps_to_record(self, steps: StepStore, state: State) -> None:
+        """Its operation is over for its worker."""
+        owner = Situation(settled=state).arrange(steps)
+        assert steps.step(owner.digest, owner.token, "charge") is None
+        assert steps.record_step(owner.digest, owner.token, "charge", "1") is False
+
+    def test_a_key_without_a_row_has_no_steps(self, steps: StepStore) -> None:
+        """Nor does it get any."""
+        claim = make_claim()
+        assert steps.step(claim.digest, claim.token, "charge") is None
+        assert steps.record_step(claim.digest, claim.token, "charge", "1") is False
+
+    def test_either_a_step_is_recorded_before_a_take_over_or_not_at_all(
+        self, steps: StepStore, crowd: Crowd
+    ) -> None:
+        """Whoever takes over finds every step that its predecessor was told is recorded."""
+        owners = [LAPSED.arrange(steps, f"key {n}") for n in range(40)]
+        answers = crowd.race(step_against_heir, [(owner.key, owner.token) for owner in owners])
+        for owner, *told in zip(owners, *answers, strict=True):
+            heirs = [answer for answer in told if isinstance(answer, Step)]
+            assert len(heirs) == 1, "one takes over"
+            recorded = True in told
+            assert heirs == [Step("1" if recorded else None)], owner.key
+
     # The life of a store.
 
     def test_a_store_in_order_passes_its_check(self, store: Store) -> None:
@@ -1347,6 +1501,10 @@ class StoreConformance:
                 for ending in SETTLEMENTS.values()
             ),
         ]
+        if isinstance(store, StepStore):
+            steps: StepStore = store
+            calls.append(lambda: steps.step(claim.digest, claim.token, "charge"))
+            calls.append(lambda: steps.record_step(claim.digest, claim.token, "charge", "1"))
         for call in calls:
             start = time.monotonic()
             with pytest.raises(StoreUnavailable):

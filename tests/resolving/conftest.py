@@ -22,8 +22,7 @@ def server_database(postgres: Postgres, schema_template: str) -> Iterator[str]:
 
 @pytest.fixture
 def pg_database(on_postgresql: None, server_database: str) -> str:
-    for table in metadata.tables:
-        query(server_database, f"TRUNCATE {table}")
+    query(server_database, f"TRUNCATE {', '.join(metadata.tables)}")
     return server_database
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
-from wsgi_idempotency.records import Claim, Claimed, Completion, Record
+from wsgi_idempotency.records import Claim, Claimed, Completion, Record, Step
 
 
 class Store(Protocol):
@@ -48,6 +48,10 @@ class Store(Protocol):
         still is what makes it free, on the store's clock now. The row gets
         ``claim.token``, a new lease and a new retention. ``attempt`` is one more than
         before; for an expired row, which counts as absent, it is 1.
+
+        In a store whose rows have ``effects``, it is granted only while ``seen.effects`` is
+        still true of the row; and of a lapsed one with effects also where a lapse is to hold,
+        since the operation is done and only its response is wanted: ``attempt`` stays.
 
         :returns: None when somebody else was first or the row has changed or gone:
             claim again.
@@ -118,6 +122,34 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Give back connections and threads. The store may be used again afterwards."""
+
+
+@runtime_checkable
+class StepStore(Store, Protocol):
+    """The optional ability to remember the steps of an operation.
+
+    Needed for :meth:`Operation.step <wsgi_idempotency.Operation.step>`. Steps are the
+    operation's: whoever takes a released or lapsed row over finds them, and who claims an
+    expired or forgotten key does not. They go with the row.
+    """
+
+    def step(self, digest: bytes, token: bytes, name: str) -> Step | None:
+        """What is known of a step, if the claim is still the caller's and neither held nor
+        settled; None when it isn't.
+
+        :raises StoreUnavailable: the store can't be reached.
+        """
+
+    def record_step(self, digest: bytes, token: bytes, name: str, result: str) -> bool:
+        """Record a finished step, if the caller's token is still on the row, in flight or held.
+
+        Called again with the same arguments it stays recorded, and the answer is True.
+
+        :param result: JSON text, of ASCII characters.
+        :returns: False when the claim was lost; nothing is recorded then.
+        :raises NotStorable: the store can't take this result because of its size.
+        :raises StoreUnavailable: the store can't be reached; it may have been recorded.
+        """
 
 
 class Transaction(Protocol):

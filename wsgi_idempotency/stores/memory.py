@@ -8,12 +8,12 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wsgi_idempotency import forks
-from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State
+from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State, Step
 
 logger = logging.getLogger("wsgi_idempotency")
 
@@ -33,6 +33,7 @@ class _Row:
     lease_until: float
     expires_at: float
     completion: Completion | None = None
+    steps: Mapping[str, str] = field(default_factory=dict)
 
 
 class MemoryStore:
@@ -80,7 +81,10 @@ class MemoryStore:
             elif record.state is State.RELEASED or (
                 record.lapsed and record.lapse is Lapse.RELEASE
             ):
-                taken = _claimed(claim, row.attempt + 1, created_at=row.created_at, now=now)
+                taken = dataclasses.replace(
+                    _claimed(claim, row.attempt + 1, created_at=row.created_at, now=now),
+                    steps=row.steps,
+                )
             else:
                 return None
             self._rows[claim.digest] = taken
@@ -128,6 +132,20 @@ class MemoryStore:
                     self._rows[digest] = dataclasses.replace(row, lease_until=until)
                     kept.add(token)
         return kept
+
+    def step(self, digest: bytes, token: bytes, name: str) -> Step | None:
+        with self._exclusively():
+            row = self._own(digest, token)
+            return None if row is None else Step(row.steps.get(name))
+
+    def record_step(self, digest: bytes, token: bytes, name: str, result: str) -> bool:
+        with self._exclusively():
+            row = self._own(digest, token, State.HELD)
+            if row is None:
+                return False
+            steps = {**row.steps, name: result}
+            self._rows[digest] = dataclasses.replace(row, steps=steps)
+            return True
 
     def purge(self, limit: int) -> int:
         if limit < 1:

@@ -124,7 +124,28 @@ class Resolved:
     status: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedStep:
+    """A step of an operation that has been recorded, less its result.
+
+    :param name: as the handler has it.
+    :param attempt: which attempt ran it.
+    :param created_at: when it was recorded, in seconds since 1970-01-01 UTC on the database's
+        clock.
+    """
+
+    name: str
+    attempt: int
+    created_at: float
+
+
 # ---------------------------------------------------------------------- both
+
+_STEPS = """
+    SELECT step.name, step.attempt, {created_at}
+    FROM idempotency_steps AS step JOIN idempotency_keys AS operation
+      ON operation.key_digest = step.key_digest AND operation.created_at = step.operation_at
+    WHERE step.key_digest = {digest} ORDER BY step.created_at, step.name"""
 
 _COPIED = "key_digest, scope, idempotency_key, method, path, attempt"
 
@@ -270,6 +291,9 @@ class _PostgreSQL:
         SELECT {_COPIED}, {_PG_EPOCH.format("resolved_at")}, actor, reason, action, response_status
         FROM idempotency_resolutions WHERE key_digest = %(digest)s ORDER BY resolved_at"""
 
+    # Indexes: pk_idempotency_steps, pk_idempotency_keys.
+    STEPS = _STEPS.format(created_at=_PG_EPOCH.format("step.created_at"), digest="%(digest)s")
+
     # Index: pk_idempotency_resolutions.
     MINE = "SELECT 1 FROM idempotency_resolutions WHERE id = %(id)s"
 
@@ -366,6 +390,8 @@ class _SQLite:
         SELECT {_COPIED}, resolved_at, actor, reason, action, response_status
         FROM idempotency_resolutions WHERE key_digest = :digest ORDER BY resolved_at"""
 
+    STEPS = _STEPS.format(created_at="step.created_at", digest=":digest")
+
     MINE = "SELECT 1 FROM idempotency_resolutions WHERE id = :id"
 
     NOW = f"SELECT {_LITE_NOW}"
@@ -459,6 +485,13 @@ class Resolver:
         """What has been decided about an operation, in order; also when its row is gone."""
         rows = self._fetch(self._sql.RESOLUTIONS, {"digest": digest})
         return [_resolved(tuple(row)) for row in rows]
+
+    def steps(self, digest: bytes) -> list[FinishedStep]:
+        """The steps an operation has finished, in order."""
+        return [
+            FinishedStep(name=name, attempt=int(attempt), created_at=float(moment))
+            for name, attempt, moment in self._fetch(self._sql.STEPS, {"digest": digest})
+        ]
 
     def resolve(
         self,

@@ -39,7 +39,7 @@ from wsgi_idempotency.errors import (
     TransactionConflict,
     TransactionFailed,
 )
-from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State
+from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State, Step
 from wsgi_idempotency.stores.tables import (
     SCHEMA_REVISION,
     VERSION_TABLE,
@@ -68,13 +68,16 @@ _PG_RECORD = """
     state = 'claimed' AND lease_until <= now() AS lapsed, expires_at <= now() AS past_retention,
     extract(epoch FROM now() - created_at)::float8 AS age,
     extract(epoch FROM lease_until - now())::float8 AS lease_left,
+    effects_at IS NOT NULL AS effects,
     response_status, response_headers, response_body, not_replayable"""
 
-# A row that counts as absent. One in flight or held never does.
+# A row that counts as absent. One in flight or held never does; one whose effects are
+# committed is done once its lease has run out, whatever its lapse.
 _PG_EXPIRED = """(
     expires_at <= now()
     AND (state IN ('completed', 'released')
-         OR (state = 'claimed' AND lapse = 'release' AND lease_until <= now())))"""
+         OR (state = 'claimed' AND (lapse = 'release' OR effects_at IS NOT NULL)
+             AND lease_until <= now())))"""
 
 # A claim of a fresh key; what it is selected from says whether there is one.
 _PG_NEW_ROW = """INSERT INTO idempotency_keys (
@@ -145,12 +148,16 @@ _PG_OVER = "SELECT pg_try_advisory_xact_lock(%(lock)s)"
 
 # A compare-and-swap. Two that take over at once: the second waits for the first's row
 # lock, re-reads the row (READ COMMITTED, PostgreSQL documentation 13.2.1) and finds
-# another token. The conditions are repeated here because a heartbeat may have renewed
-# the lease since the row was read. Index: pk_idempotency_keys.
+# another token. So it does for an application's transaction that marks its effects (see
+# _MARK), and then finds the mark, which nobody saw when the row was read. The conditions are
+# repeated here because a heartbeat may have renewed the lease since. Steps of an expired
+# operation stay behind: its successor's created_at is another. Index: pk_idempotency_keys.
 _PG_TAKE_OVER = f"""
 UPDATE idempotency_keys SET
     state = 'claimed', claim_token = %(token)s, lapse = %(lapse)s,
-    attempt = CASE WHEN {_PG_EXPIRED} THEN 1 ELSE attempt + 1 END,
+    attempt = CASE WHEN {_PG_EXPIRED} THEN 1
+                   WHEN effects_at IS NOT NULL THEN attempt ELSE attempt + 1 END,
+    effects_at = CASE WHEN {_PG_EXPIRED} THEN NULL ELSE effects_at END,
     created_at = CASE WHEN {_PG_EXPIRED} THEN now() ELSE created_at END,
     lease_until = now() + make_interval(secs => %(lease)s),
     expires_at = now() + make_interval(secs => %(retention)s),
@@ -159,8 +166,10 @@ UPDATE idempotency_keys SET
     completed_at = NULL, response_status = NULL, response_headers = NULL,
     response_body = NULL, not_replayable = NULL
 WHERE key_digest = %(digest)s AND claim_token = %(seen)s
-  AND (state = 'released'
-       OR (state = 'claimed' AND lapse = 'release' AND lease_until <= now())
+  AND ((effects_at IS NOT NULL) = %(effects)s
+       AND (state = 'released'
+            OR (state = 'claimed' AND (lapse = 'release' OR effects_at IS NOT NULL)
+                AND lease_until <= now()))
        OR {_PG_EXPIRED})
 RETURNING attempt"""
 
@@ -199,7 +208,32 @@ DELETE FROM idempotency_keys WHERE ctid = ANY(ARRAY(
     WHERE {_PG_EXPIRED} AND expires_at <= now() - make_interval(secs => %(older_than)s)
     ORDER BY expires_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED))"""
 
+# Fenced: a take-over updates the row, so it waits for this lock on it, or this waits for
+# the take-over and then finds another token. 'held' is there for what was only slow: that
+# it is done is worth knowing whatever is decided. A step that is already there was recorded by
+# an earlier, unheard call of the same caller, or by an operation that has expired since.
+# Indexes: pk_idempotency_keys, pk_idempotency_steps.
+_PG_RECORD_STEP = """
+INSERT INTO idempotency_steps (created_at, operation_at, attempt, key_digest, name, result)
+SELECT now(), created_at, attempt, key_digest, %(name)s, %(result)s
+FROM idempotency_keys
+WHERE key_digest = %(digest)s AND claim_token = %(token)s AND state IN ('claimed', 'held')
+FOR SHARE
+ON CONFLICT (key_digest, name) DO UPDATE SET
+    created_at = excluded.created_at, operation_at = excluded.operation_at,
+    attempt = excluded.attempt, result = excluded.result"""
+
 # ---------------------------------------------------------------------- both
+
+# The step of the operation whose claim is still the caller's; no row when it isn't.
+_STEP = """
+SELECT step.result
+FROM idempotency_keys AS operation
+LEFT JOIN idempotency_steps AS step
+  ON step.key_digest = operation.key_digest AND step.operation_at = operation.created_at
+  AND step.name = {name}
+WHERE operation.key_digest = {digest} AND operation.claim_token = {token}
+  AND operation.state = 'claimed'"""
 
 # Each of these asks for the token, and says the same twice when asked twice. 'held' as for
 # a completion: a worker that was only slow knows best what came of it.
@@ -212,9 +246,11 @@ _HOLD = """
 UPDATE idempotency_keys SET state = 'held'
 WHERE key_digest = {digest} AND claim_token = {token} AND state IN ('claimed', 'held')"""
 
+# What has committed effects happened, whatever its caller believes. Its steps go with it.
 _FORGET = """
 DELETE FROM idempotency_keys
-WHERE key_digest = {digest} AND claim_token = {token} AND state IN ('claimed', 'held')"""
+WHERE key_digest = {digest} AND claim_token = {token} AND state IN ('claimed', 'held')
+  AND effects_at IS NULL"""
 
 _VERSION = f"SELECT version_num FROM {VERSION_TABLE}"
 
@@ -228,12 +264,14 @@ _LITE_RECORD = f"""
     state = 'claimed' AND lease_until <= {_LITE_NOW} AS lapsed,
     expires_at <= {_LITE_NOW} AS past_retention,
     {_LITE_NOW} - created_at AS age, lease_until - {_LITE_NOW} AS lease_left,
+    effects_at IS NOT NULL AS effects,
     response_status, response_headers, response_body, not_replayable"""
 
 _LITE_EXPIRED = f"""(
     expires_at <= {_LITE_NOW}
     AND (state IN ('completed', 'released')
-         OR (state = 'claimed' AND lapse = 'release' AND lease_until <= {_LITE_NOW})))"""
+         OR (state = 'claimed' AND (lapse = 'release' OR effects_at IS NOT NULL)
+             AND lease_until <= {_LITE_NOW})))"""
 
 _LITE_LOOKUP = f"SELECT {_LITE_RECORD} FROM idempotency_keys WHERE key_digest = :digest"
 
@@ -251,7 +289,9 @@ ON CONFLICT (key_digest) DO NOTHING"""
 _LITE_TAKE_OVER = f"""
 UPDATE idempotency_keys SET
     state = 'claimed', claim_token = :token, lapse = :lapse,
-    attempt = CASE WHEN {_LITE_EXPIRED} THEN 1 ELSE attempt + 1 END,
+    attempt = CASE WHEN {_LITE_EXPIRED} THEN 1
+                   WHEN effects_at IS NOT NULL THEN attempt ELSE attempt + 1 END,
+    effects_at = CASE WHEN {_LITE_EXPIRED} THEN NULL ELSE effects_at END,
     created_at = CASE WHEN {_LITE_EXPIRED} THEN {_LITE_NOW} ELSE created_at END,
     lease_until = {_LITE_NOW} + :lease, expires_at = {_LITE_NOW} + :retention,
     fingerprint = :fingerprint, fingerprint_version = :fingerprint_version,
@@ -259,8 +299,10 @@ UPDATE idempotency_keys SET
     completed_at = NULL, response_status = NULL, response_headers = NULL,
     response_body = NULL, not_replayable = NULL
 WHERE key_digest = :digest AND claim_token = :seen
-  AND (state = 'released'
-       OR (state = 'claimed' AND lapse = 'release' AND lease_until <= {_LITE_NOW})
+  AND ((effects_at IS NOT NULL) = :effects
+       AND (state = 'released'
+            OR (state = 'claimed' AND (lapse = 'release' OR effects_at IS NOT NULL)
+                AND lease_until <= {_LITE_NOW}))
        OR {_LITE_EXPIRED})"""
 
 _LITE_COMPLETE = f"""
@@ -269,6 +311,15 @@ UPDATE idempotency_keys SET
     response_headers = :headers, response_body = :body, not_replayable = :reason
 WHERE key_digest = :digest AND claim_token = :token
   AND state IN ('claimed', 'held', 'completed')"""
+
+_LITE_RECORD_STEP = f"""
+INSERT INTO idempotency_steps (created_at, operation_at, attempt, key_digest, name, result)
+SELECT {_LITE_NOW}, created_at, attempt, key_digest, :name, :result
+FROM idempotency_keys
+WHERE key_digest = :digest AND claim_token = :token AND state IN ('claimed', 'held')
+ON CONFLICT (key_digest, name) DO UPDATE SET
+    created_at = excluded.created_at, operation_at = excluded.operation_at,
+    attempt = excluded.attempt, result = excluded.result"""
 
 _LITE_RENEW = f"""
 UPDATE idempotency_keys SET lease_until = max(
@@ -300,6 +351,7 @@ class _PostgreSQL:
     RELEASE = _RELEASE.format(digest="%(digest)s", token="%(token)s")
     HOLD = _HOLD.format(digest="%(digest)s", token="%(token)s")
     FORGET = _FORGET.format(digest="%(digest)s", token="%(token)s")
+    STEP = _STEP.format(digest="%(digest)s", token="%(token)s", name="%(name)s")
     COMPLETE = _PG_COMPLETE
     PURGE = _PG_PURGE
     LOOKUP = _PG_LOOKUP
@@ -416,12 +468,21 @@ class _PostgreSQL:
 
     def take_over(self, run: _Run, claim: Claim, seen: Record) -> Claimed | None:
         try:
-            row = run(_PG_TAKE_OVER, _claim_params(claim) | {"seen": seen.token}).fetchone()
+            row = run(_PG_TAKE_OVER, _claim_params(claim) | _seen_params(seen)).fetchone()
         except Exception as exc:
             if sqlstate_of(exc) in SERIALIZATION:
                 return None
             raise
         return None if row is None else Claimed(attempt=row[0])
+
+    def record_step(self, run: _Run, params: Mapping[str, Any]) -> bool:
+        for _ in range(_LOOKS):
+            try:
+                return run(_PG_RECORD_STEP, params).rowcount == 1
+            except Exception as exc:
+                if sqlstate_of(exc) not in SERIALIZATION:
+                    raise
+        raise StoreUnavailable(f"no stable answer to a step after {_LOOKS} looks")
 
     def renew(self, run: _Run, claims: list[tuple[bytes, bytes, float]]) -> set[bytes]:
         digests, tokens, leases = (list(column) for column in zip(*claims, strict=True))
@@ -435,6 +496,7 @@ class _SQLite:
     RELEASE = _RELEASE.format(digest=":digest", token=":token")
     HOLD = _HOLD.format(digest=":digest", token=":token")
     FORGET = _FORGET.format(digest=":digest", token=":token")
+    STEP = _STEP.format(digest=":digest", token=":token", name=":name")
     COMPLETE = _LITE_COMPLETE
     PURGE = _LITE_PURGE
     LOOKUP = _LITE_LOOKUP
@@ -475,12 +537,15 @@ class _SQLite:
         return Claimed(attempt=1)
 
     def take_over(self, run: _Run, claim: Claim, seen: Record) -> Claimed | None:
-        params = _claim_params(claim) | {"seen": seen.token}
+        params = _claim_params(claim) | _seen_params(seen)
         if run(_LITE_TAKE_OVER, params).rowcount != 1:
             return None
         row = run(_LITE_LOOKUP, {"digest": claim.digest}).fetchone()
         mine = None if row is None else _own_or_record(_record(tuple(row)), claim)
         return mine if isinstance(mine, Claimed) else None
+
+    def record_step(self, run: _Run, params: Mapping[str, Any]) -> bool:
+        return run(_LITE_RECORD_STEP, params).rowcount == 1
 
     def renew(self, run: _Run, claims: list[tuple[bytes, bytes, float]]) -> set[bytes]:
         kept = set()
@@ -584,16 +649,19 @@ class SQLStore:
         with self._lock:
             if self._engine is None:
                 if self._given is None:
-                    self._engine = self._make_engine(
+                    engine = self._make_engine(
                         isolation_level="AUTOCOMMIT",
                         pool_size=self._pool_size,
                         max_overflow=0,
                         pool_reset_on_return=None,  # autocommit leaves nothing to roll back
                     )
                 else:
-                    self._engine = _with_own_pool(self._given).execution_options(
-                        isolation_level="AUTOCOMMIT"
-                    )
+                    engine = _with_own_pool(self._given)
+                if not self._postgresql:
+                    event.listen(engine, "connect", _cascade)
+                if self._given is not None:
+                    engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+                self._engine = engine
             return self._engine
 
     @property
@@ -658,6 +726,17 @@ class SQLStore:
         for engine in engines:
             if engine is not None:
                 engine.dispose()
+
+    # ------------------------------------------------------------------ steps
+
+    def step(self, digest: bytes, token: bytes, name: str) -> Step | None:
+        params = {"digest": digest, "token": token, "name": name}
+        row = self._call(lambda run: run(self._sql.STEP, params).fetchone())
+        return None if row is None else Step(result=row[0])
+
+    def record_step(self, digest: bytes, token: bytes, name: str, result: str) -> bool:
+        params = {"digest": digest, "token": token, "name": name, "result": result}
+        return self._call(lambda run: self._sql.record_step(run, params))
 
     # ------------------------------------------------------------------ transactions
 
@@ -941,6 +1020,13 @@ def _name_by_content(connection: Any, record: object) -> None:
     name_by_content(connection)
 
 
+def _cascade(connection: Any, record: object) -> None:
+    """Let the steps of a row go with it, which SQLite does on connections that ask for it
+    (SQLite, "SQLite Foreign Key Support", section 2). The application's own, in transaction
+    mode, may rely on its not doing so, and no row goes there."""
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
 def _usable(engine: Engine) -> URL:
     """:raises ConfigurationError: the engine's driver or pool is not one that can serve."""
     driver = (engine.dialect.name, engine.driver)
@@ -1045,6 +1131,10 @@ def _claim_params(claim: Claim) -> dict[str, Any]:
     }
 
 
+def _seen_params(seen: Record) -> dict[str, Any]:
+    return {"seen": seen.token, "effects": seen.effects}
+
+
 def completion_params(digest: bytes, token: bytes, completion: Completion) -> dict[str, Any]:
     return {
         "digest": digest,
@@ -1094,7 +1184,7 @@ _STATUS_LINE = re.compile(r"[0-9]{3}( |\Z)")
 def _record(row: tuple[Any, ...]) -> Record:
     (
         digest, token, state, fingerprint, version, attempt, lapse, lapsed, past_retention,
-        age, lease_left, status, headers, body, not_replayable,
+        age, lease_left, effects, status, headers, body, not_replayable,
     ) = row  # fmt: skip
     try:
         state = State(state)
@@ -1104,7 +1194,7 @@ def _record(row: tuple[Any, ...]) -> Record:
         return Record(
             bytes(digest), bytes(token), state, bytes(fingerprint), int(version), int(attempt),
             Lapse(lapse), bool(lapsed), bool(past_retention), float(age), float(lease_left),
-            *response,
+            bool(effects), *response,
         )  # fmt: skip
     except (TypeError, ValueError) as exc:
         raise CorruptRecord(f"the row of digest {digest!r} makes no sense: {exc}") from exc

@@ -11,6 +11,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Float,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -25,7 +26,7 @@ from sqlalchemy import (
 
 #: The Alembic revision this release needs. Revisions are numbered, so that a newer
 #: schema, seen while hosts are upgraded one by one, can be told from an older one.
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 
 #: Our own version table: an application's Alembic has its own, and neither sees the other's.
 VERSION_TABLE = "wsgi_idempotency_version"
@@ -60,6 +61,8 @@ idempotency_keys = Table(
     Column("response_headers", Text),
     Column("not_replayable", Text),
     Column("response_body", LargeBinary),
+    # Null but for a few, and null costs nothing.
+    Column("effects_at", Timestamp),
     PrimaryKeyConstraint("key_digest", name="pk_idempotency_keys"),
     CheckConstraint("length(key_digest) = 32", name="ck_idempotency_keys_key_digest"),
     CheckConstraint("length(claim_token) = 16", name="ck_idempotency_keys_claim_token"),
@@ -82,6 +85,27 @@ Index("ix_idempotency_keys_expires_at", idempotency_keys.c.expires_at)
 # the measurement. A statement, since SQLAlchemy 2.0 has no option for it on a table.
 _leave_room = DDL("ALTER TABLE idempotency_keys SET (fillfactor = 50)")  # type: ignore[no-untyped-call]
 event.listen(idempotency_keys, "after_create", _leave_room.execute_if(dialect="postgresql"))
+
+#: What an operation has done so far of what it does in steps. ``operation_at`` is the
+#: ``created_at`` of the operation's row: an expired row that is claimed anew is another
+#: operation's, which has none of them.
+idempotency_steps = Table(
+    "idempotency_steps",
+    metadata,
+    Column("created_at", Timestamp, nullable=False),
+    Column("operation_at", Timestamp, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("key_digest", LargeBinary(32), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("result", Text, nullable=False),
+    PrimaryKeyConstraint("key_digest", "name", name="pk_idempotency_steps"),
+    ForeignKeyConstraint(
+        ["key_digest"],
+        ["idempotency_keys.key_digest"],
+        name="fk_idempotency_steps_key_digest",
+        ondelete="CASCADE",
+    ),
+)
 
 #: Who decided what about an operation whose outcome was unknown. ``id`` is also the token
 #: that the operation's row was given, so that whoever held its claim is fenced off.
