@@ -119,9 +119,7 @@ class Operation:
         if self.ended:
             raise StepRefused(f"step {name!r} was not run: its operation has ended")
         if self.lost:
-            raise ClaimLost(
-                f"step {name!r} was not run: its claim is lost: somebody else has it, or it is held"
-            )
+            raise ClaimLost(f"step {name!r} was not run: its claim is lost, somebody else has it")
         result: _T = self._steps.run(name, function)
         return result
 

@@ -90,7 +90,8 @@ class Steps:
             known = store.step(self._claim.digest, self._claim.token, name)
             if known is None:
                 raise ClaimLost(
-                    f"step {name!r} was not run: its claim is lost: somebody else has it, or it is held"
+                    f"step {name!r} was not run: its claim is lost. Somebody else has it, or it is"
+                    " held"
                 )
             if known.result is not None:
                 return _read(name, known.result)
@@ -139,8 +140,8 @@ class Steps:
             pause *= 2
         if not recorded:
             raise ClaimLost(
-                f"step {name!r} has run, and is not recorded: somebody else has taken its"
-                " operation over"
+                f"step {name!r} has run, and is not recorded: its claim is lost, somebody else"
+                " has it"
             )
 
 

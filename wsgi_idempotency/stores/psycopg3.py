@@ -124,6 +124,7 @@ _INT8, _FLOAT8, _INT4, _INT2 = (struct.Struct(f"!{code}") for code in "qdih")
 #: By the type of a value: the type it is sent as (its OID in pg_type.dat), and how. A NULL
 #: has the type of where it stands.
 _SENT: dict[type, tuple[int, Callable[[Any], bytes | None]]] = {
+    bool: (16, lambda value: b"\1" if value else b"\0"),
     bytes: (17, _same),
     str: (25, str.encode),
     int: (20, _INT8.pack),

@@ -145,7 +145,7 @@ _STEPS = """
     SELECT step.name, step.attempt, {created_at}
     FROM idempotency_steps AS step JOIN idempotency_keys AS operation
       ON operation.key_digest = step.key_digest AND operation.created_at = step.operation_at
-    WHERE step.key_digest = {digest} ORDER BY step.created_at, step.name"""
+    WHERE step.key_digest = {digest} ORDER BY step.created_at, {then}"""
 
 _COPIED = "key_digest, scope, idempotency_key, method, path, attempt"
 
@@ -292,7 +292,9 @@ class _PostgreSQL:
         FROM idempotency_resolutions WHERE key_digest = %(digest)s ORDER BY resolved_at"""
 
     # Indexes: pk_idempotency_steps, pk_idempotency_keys.
-    STEPS = _STEPS.format(created_at=_PG_EPOCH.format("step.created_at"), digest="%(digest)s")
+    STEPS = _STEPS.format(
+        created_at=_PG_EPOCH.format("step.created_at"), digest="%(digest)s", then="step.name"
+    )
 
     # Index: pk_idempotency_resolutions.
     MINE = "SELECT 1 FROM idempotency_resolutions WHERE id = %(id)s"
@@ -390,7 +392,8 @@ class _SQLite:
         SELECT {_COPIED}, resolved_at, actor, reason, action, response_status
         FROM idempotency_resolutions WHERE key_digest = :digest ORDER BY resolved_at"""
 
-    STEPS = _STEPS.format(created_at="step.created_at", digest=":digest")
+    # Its clock has milliseconds, in which several steps may be done.
+    STEPS = _STEPS.format(created_at="step.created_at", digest=":digest", then="step.rowid")
 
     MINE = "SELECT 1 FROM idempotency_resolutions WHERE id = :id"
 

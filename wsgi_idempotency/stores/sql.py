@@ -366,6 +366,8 @@ class _PostgreSQL:
             RELEASE,
             HOLD,
             FORGET,
+            STEP,
+            _PG_RECORD_STEP,
         }
     )
 
