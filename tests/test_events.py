@@ -19,6 +19,7 @@ from wsgi_idempotency import (
     Route,
     everyone,
     hold_unknown,
+    store_success,
 )
 from wsgi_idempotency.errors import ConfigurationError, StoreUnavailable
 from wsgi_idempotency.events import Observers
@@ -146,6 +147,37 @@ def test_a_second_attempt_is_told_as_a_take_over():
         {"name": "taken_over", "attempt": 2},
         executed("store", attempt=2),
     ]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Remembering(MemoryStore):
+    def claim(self, claim):
+        self.last = claim
+        return super().claim(claim)
+
+
+def test_a_lapse_is_told_beside_what_comes_of_it():
+    """A worker has died, or was paused for longer than its lease."""
+    for outcomes, came in (
+        (store_success, [{"name": "taken_over", "attempt": 2}, executed("store", attempt=2)]),
+        (hold_unknown, [{"name": "held", "code": "OUTCOME_UNKNOWN"}]),
+    ):
+        clock = Clock()
+        store = Remembering(clock=clock)
+        shop = Shop(store, policy=Policy(outcomes=outcomes))
+        shop.status = "400 Bad"
+        shop.post()
+        store.claim(store.last)  # by a worker that dies
+        clock.now += 61
+        shop.status = "201 Made It"
+        assert without_seconds(shop.post()) == [{"name": "lapsed"}, *came]
+        assert not shop.told[0].final
 
 
 def test_what_is_held_and_what_can_not_be_replayed_is_told_apart():

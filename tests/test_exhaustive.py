@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 import sqlalchemy
 from exhaustive import clients as asked
-from exhaustive.clients import CREATED, FAILED, RAISES, REFUSED, STREAMS, STREAMS_FAILED, Client
+from exhaustive.clients import (
+    CREATED,
+    FAILED,
+    RAISES,
+    REFUSED,
+    STREAMS,
+    STREAMS_FAILED,
+    Client,
+    Duty,
+)
 from exhaustive.database import (
     CLAIMED,
     COMPLETED,
@@ -31,7 +40,7 @@ from exhaustive.database import (
     look,
     record,
 )
-from exhaustive.search import Found, Search, Situation, Standing
+from exhaustive.search import Found, Search, Situation
 from exhaustive.transactions import TransactionSearch
 
 from wsgi_idempotency import (
@@ -74,6 +83,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "2 clients, 2 answers lost": {
         "clients": some(2, policy()),
         "ends": (CREATED, FAILED),
+        "crashes": 0,
         "losses": 2,
     },
     "2 clients, hold_unknown, 2 answers lost": {
@@ -300,9 +310,7 @@ def test_what_is_taken_out_of_a_statement_is_missed(
 
 
 def test_a_doubtful_claim_that_nobody_undoes_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from contextlib import nullcontext
-
-    monkeypatch.setattr(_Request, "_undoing", lambda self, claim, undo: nullcontext())
+    monkeypatch.setattr(_Request, "undo_doubtful", lambda self, claim: None)
     found = Search(some(2, policy(hold_unknown)), (CREATED,)).run()
     assert found.violation is not None
     assert found.violation.promise == "crash-safe"
@@ -311,8 +319,8 @@ def test_a_doubtful_claim_that_nobody_undoes_is_missed(monkeypatch: pytest.Monke
 class Hasty(Search):
     """Has done with a doubtful claim once it has undone it."""
 
-    def _undo(self, now: Situation, i: int, standing: Standing, n: int, question: Any) -> Any:
-        for step, after in super()._undo(now, i, standing, n, question):
+    def _undo(self, now: Situation, i: int, n: int, duty: Duty) -> Any:
+        for step, after in super()._undo(now, i, n, duty):
             done = after.clients[i]._replace(duties=())
             yield step, after._replace(clients=(*after.clients[:i], done, *after.clients[i + 1 :]))
 

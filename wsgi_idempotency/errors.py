@@ -43,6 +43,10 @@ class AnswerLost(StoreUnavailable):
     """Raised when a store broke off while it was asked: it may or may not have done it."""
 
 
+class Disconnected(AnswerLost):
+    """Raised when the connection turned out to be broken: on a new one the store may answer."""
+
+
 class SchemaError(StoreUnavailable):
     """Raised when the store's schema is missing or older than this release needs."""
 

@@ -47,6 +47,11 @@ class _Kept:
     finishing: bool = False
     look_until: float | None = None
 
+    @property
+    def key(self) -> bytes:
+        """A claim that somebody runs and one that is to be undone may have the same token."""
+        return self.claim.token if self.operation is not None else b"undo" + self.claim.token
+
     def due(self) -> float:
         return min(self.renew_at, self.finish_at)
 
@@ -116,7 +121,7 @@ class Heartbeat:
         for kept in left:
             # The process may be killed if it takes too long to end: one time-out, not many.
             reached = reached and self._finish(self._changed, kept)
-            if kept.claim.token in self._kept and kept.operation is not None:
+            if kept.operation is not None and kept.key in self._kept:
                 claim = kept.claim
                 logger.critical(
                     "%s %s was run, and the store could not be told before this process ended:"
@@ -129,7 +134,7 @@ class Heartbeat:
     def _add(self, kept: _Kept) -> None:
         changed = self._changed or self._begin()
         with changed:
-            self._kept[kept.claim.token] = kept
+            self._kept[kept.key] = kept
             if (due := kept.due()) < self._wake_at:
                 self._wake_at = due
                 changed.notify()
@@ -177,7 +182,7 @@ class Heartbeat:
         with changed:
             for kept in due:
                 if kept.give_up_at <= now:
-                    self._kept.pop(kept.claim.token, None)
+                    self._kept.pop(kept.key, None)
                     if kept.operation is not None:
                         logger.error("gave up keeping %r after its retention", kept.operation)
             # All of them, not only the due: it is one statement in either case.
@@ -190,7 +195,7 @@ class Heartbeat:
             # Once the store can't be reached, each further try would cost its time-out,
             # and the leases of the others run meanwhile.
             reached = reached and self._finish(changed, kept)
-            if kept.claim.token in self._kept:
+            if kept.key in self._kept:
                 kept.backoff = min(kept.backoff * 2, kept.claim.lease / 3)
                 kept.finish_at = time.monotonic() + kept.backoff
 
@@ -210,7 +215,7 @@ class Heartbeat:
                 continue  # or its row is no longer in flight because it was finished
             with changed:
                 # One that was stopped meanwhile was finished, not lost.
-                lost = self._kept.pop(kept.claim.token, None) is not None
+                lost = self._kept.pop(kept.key, None) is not None
             if lost:
                 self._tell_lost(kept)
 
@@ -228,7 +233,7 @@ class Heartbeat:
         if kept.look_until is not None and asked_at < kept.look_until:
             return True
         with changed:
-            self._kept.pop(kept.claim.token, None)
+            self._kept.pop(kept.key, None)
         if done:
             logger.info("the end of %s was recorded late", kept.claim.digest.hex())
         elif kept.operation is not None:

@@ -12,8 +12,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -39,6 +39,7 @@ from wsgi_idempotency.errors import (
     BodyTooLarge,
     CommitUnknown,
     ConfigurationError,
+    Disconnected,
     IncompleteBody,
     InvalidKey,
     LengthRequired,
@@ -73,6 +74,11 @@ _T = TypeVar("_T")
 #: Seconds between two looks of a waiting duplicate: well under the 100 ms within which
 #: it is to replay, and with ``max_waiting`` of 8 about 200 index look-ups a second.
 _LOOK_EVERY = 0.04
+
+#: How often a request may be told that a key is free and then find it taken, with no time
+#: between: against others that are as fast once or twice is much, and a store that keeps
+#: saying so contradicts itself.
+_RACES = 50
 
 #: Statuses a client must not retry although SDKs would: on a replay the same comes again.
 _RETRIED_BY_SDKS = frozenset({408, 409, 429})
@@ -225,6 +231,10 @@ class _Request:
         self._method = environ["REQUEST_METHOD"].upper()
         self._path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         self._digest = ""
+        self._races = 0
+        # Whether a statement for the claim may be on its way still, and what undoes it.
+        self._doubtful = False
+        self._undo = middleware.store.forget
         # For observers alone.
         self._attempt: int | None = None
         self._store_seconds: float | None = None
@@ -345,16 +355,27 @@ class _Request:
     def _obtain(self, claim: Claim) -> tuple[Claim, Claimed | protocol.Replay]:
         """The claim, or the response of the operation that is done.
 
-        Looks again until it has one of them, for as long as the policy lets it wait.
-
         :raises _Refused: neither is to be had.
         :raises StoreError: the store could not say.
         """
+        standing: Claimed | protocol.Replay | None = None
+        try:
+            claim, standing = self._look(claim)
+            return claim, standing
+        except BaseException as exc:
+            if not isinstance(exc, Exception):
+                self._doubtful = True
+            raise
+        finally:
+            if not isinstance(standing, Claimed):
+                self.undo_doubtful(claim)
+
+    def _look(self, claim: Claim) -> tuple[Claim, Claimed | protocol.Replay]:
+        """Look again until there is something, for as long as the policy lets it wait."""
         store = self.middleware.store
         with _Wait(self.middleware.waiting, self.policy.wait_seconds, self._waited) as wait:
             while True:
-                with self._undoing(claim, store.forget):
-                    answer = self.ask(store.claim, claim)
+                answer = self._claim(store.claim, claim)
                 if isinstance(answer, Claimed):
                     return claim, answer
                 decision = protocol.decide(answer, self._fingerprint_like(answer, claim))
@@ -362,13 +383,48 @@ class _Request:
                     return claim, decision
                 if isinstance(decision, protocol.TakeOver):
                     claim = _succeeding(claim, answer)
-                    with self._undoing(claim, store.release):
-                        taken = self.ask(store.take_over, claim, decision.seen)
-                        if taken is not None:
-                            self.tell("taken_over", attempt=taken.attempt)
-                            return claim, taken
-                elif not (isinstance(decision, protocol.InFlight) and wait.a_little()):
-                    raise self._refusal(decision)
+                    self._undo = store.release
+                    taken = self._claim(store.take_over, claim, decision.seen)
+                    if taken is not None:
+                        self._tell_taken_over(answer, taken)
+                        return claim, taken
+                    self._lose_a_race()
+                elif isinstance(decision, protocol.InFlight) and wait.a_little():
+                    self._races = 0
+                else:
+                    raise self._refusal(decision, answer)
+
+    def _claim(self, call: Callable[..., _T], *args: object) -> _T:
+        """Ask for a claim, and again where the connection broke: it may have been dead in the
+        pool, since a restart of the server. What was asked first may be on its way still."""
+        try:
+            try:
+                return self.ask(call, *args)
+            except Disconnected as exc:
+                logger.info("%s; it is asked again", exc)
+                self._doubtful = True
+                return self.ask(call, *args)
+        except AnswerLost:
+            self._doubtful = True
+            raise
+
+    def undo_doubtful(self, claim: Claim) -> None:
+        """A claim whose answer was lost may have been made, or be made yet, and nobody runs it:
+        a policy that holds a lapse would hold an operation that never began."""
+        if self._doubtful:
+            undo = partial(self._undo, claim.digest, claim.token)
+            self.middleware.heartbeat.undo_later(claim, undo)
+
+    def _lose_a_race(self) -> None:
+        """:raises StoreError: too many in a row. Not one that lets a request pass unprotected."""
+        self._races += 1
+        if self._races == _RACES:
+            raise StoreError(f"the key was free {_RACES} times in a row, and could not be had")
+
+    def _tell_taken_over(self, seen: Record, taken: Claimed) -> None:
+        if seen.lapsed:
+            self.tell("lapsed")
+        self.tell("taken_over", attempt=taken.attempt)
 
     def _enter(self, claim: Claim) -> tuple[Claim, Claimed | protocol.Replay, Transaction | None]:
         """As :meth:`_obtain`, with the transaction in which the operation is to run."""
@@ -384,6 +440,7 @@ class _Request:
                     patience = wait.left()
                     if not patience:
                         raise self._refusal(protocol.InFlight(age=0.0, lease_left=0.0))
+                    self._lose_a_race()
                     continue
                 standing: Claimed | protocol.Replay | None = None
                 try:
@@ -412,26 +469,16 @@ class _Request:
         if isinstance(decision, protocol.TakeOver):
             claim = _succeeding(claim, seen)
             taken = self.ask(transaction.take_over, claim, seen)
-            if taken is not None:
-                self.tell("taken_over", attempt=taken.attempt)
+            if taken is None:
+                self._lose_a_race()
+            else:
+                self._tell_taken_over(seen, taken)
             return claim, taken
         # In flight is what another policy claimed, with a lease.
         if isinstance(decision, protocol.InFlight) and wait.a_little():
+            self._races = 0
             return claim, None
-        raise self._refusal(decision)
-
-    @contextmanager
-    def _undoing(self, claim: Claim, undo: Callable[[bytes, bytes], bool]) -> Iterator[None]:
-        """A claim whose answer was lost may have been made. Nobody runs it now, so it is
-        undone when the store is back; otherwise a policy that holds a lapse would hold
-        an operation that never began."""
-        try:
-            yield
-        except BaseException as exc:
-            if isinstance(exc, AnswerLost) or not isinstance(exc, Exception):
-                later = partial(undo, claim.digest, claim.token)
-                self.middleware.heartbeat.undo_later(claim, later)
-            raise
+        raise self._refusal(decision, seen)
 
     def ask(self, call: Callable[..., _T], *args: object) -> _T:
         """Ask the store, and take the time."""
@@ -451,7 +498,7 @@ class _Request:
             return claim.fingerprint
         return self._fingerprint(record.fingerprint_version)
 
-    def _refusal(self, decision: protocol.Decision) -> _Refused:
+    def _refusal(self, decision: protocol.Decision, seen: Record | None = None) -> _Refused:
         if isinstance(decision, protocol.InFlight):
             seconds = protocol.retry_after(decision)
             return _Refused(problem("CONFLICT", retry_after=seconds), "conflict")
@@ -465,6 +512,8 @@ class _Request:
                 extensions={"original_status": decision.status},
             )
             return _Refused(told, "not_replayable")
+        if seen is not None and seen.lapsed:
+            self.tell("lapsed")
         return _Refused(problem("OUTCOME_UNKNOWN"), "held")
 
     # ------------------------------------------------------------ answers
@@ -704,7 +753,7 @@ class _Execution:
         }
         self._finish(action, lambda: ends[action](self._claim.digest, self._claim.token))
 
-    def _finish(self, action: Action, finish: Callable[[], bool]) -> bool:
+    def _finish(self, action: Action, tell_store: Callable[[], bool]) -> bool:
         """Tell the store, now or later; False when the claim was lost.
 
         The handler has run: a store that can't be reached must not turn its answer into
@@ -712,6 +761,13 @@ class _Execution:
         """
         if os.getpid() != self._pid:
             return True  # the handler has forked, and the claim is the parent's to settle
+
+        def finish() -> bool:
+            kept = tell_store()
+            if action is not Action.HOLD or not kept:  # its row would be taken for a late claim
+                self._request.undo_doubtful(self._claim)
+            return kept
+
         seconds = time.monotonic() - self._started
         self._operation.ended = True
         self._heartbeat.finishing(self._claim)

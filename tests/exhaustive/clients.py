@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 from exhaustive.database import Granted, Result, Row, Wanted, bytes_of, record
@@ -27,7 +27,7 @@ from wsgi_idempotency import (
     everyone,
     middleware,
 )
-from wsgi_idempotency.errors import AnswerLost, CommitUnknown, StoreUnavailable
+from wsgi_idempotency.errors import AnswerLost, CommitUnknown, Disconnected, StoreUnavailable
 from wsgi_idempotency.records import Claim, Claimed, Completion, Record
 
 # What a client asks. A question is a tuple whose first item is one of these.
@@ -58,6 +58,7 @@ STATEMENTS = frozenset({CLAIM, TAKE_OVER, LOOKUP, COMPLETE, RELEASE, FORGET, HOL
 
 # Answers that are raised.
 LOST = "the answer is lost"
+DISCONNECTED = "the connection breaks, and a new one may answer"
 INTERRUPTED = "an interrupt comes instead of the answer"
 NO_THREAD = "no thread can be started"
 UNDONE = "the connection was lost before the commit"
@@ -72,20 +73,32 @@ STREAMS = "201 and an event stream"
 STREAMS_FAILED = "500 and an event stream"
 
 
+class Duty(NamedTuple):
+    """A statement that a heartbeat has been left with.
+
+    :param undo: it is to undo a claim; otherwise it ends an operation.
+    :param then: the duty that comes after it, where it had an effect, and where it had none.
+    """
+
+    question: Question
+    undo: bool
+    then: tuple[Duty | None, Duty | None] = (None, None)
+
+
 @dataclass(eq=False, slots=True)
 class Node:
     """Where a client stands.
 
     :param question: what it asks next.
     :param kept: whether its heartbeat renews its claim.
-    :param duties: statements its heartbeat has been left with, and whether each is to undo.
+    :param duties: what its heartbeat has been left with.
     """
 
     client: Client
     answers: tuple[Any, ...]
     question: Question
     kept: bool = False
-    duties: tuple[tuple[Question, bool], ...] = ()
+    duties: tuple[Duty, ...] = ()
     _next: dict[Any, Node] = field(default_factory=dict)
 
     def after(self, answer: Any) -> Node:
@@ -116,7 +129,7 @@ class Client:
         store = SQLStore("sqlite:///nothing.db", create=False) if self.transacts else MemoryStore()
         self._middleware = IdempotencyMiddleware(self._app, store, scope=everyone, policy=policy)
         self._run: _Run
-        self._loop: dict[bool, Node] = {}
+        self._loop: dict[tuple[bool, bool], Node] = {}
         self.nodes = 0
         self.start = self.node(())
         self.ended = Node(self, (), (ANSWERED,))
@@ -128,10 +141,14 @@ class Client:
         node = self._replay(answers)
         if node.question[0] not in (CLAIM, BEGIN):
             return node
-        # The loop of the claim begins anew. It knows nothing of its earlier rounds but
-        # whether it has begun to wait: what differs in the claim itself is asked and compared.
+        # The loop of the claim begins anew. It knows nothing of its earlier rounds but whether
+        # it has begun to wait, and whether a connection has broken: what differs in the claim
+        # itself is asked and compared. How many races it has lost in a row is left out.
         waits = SLEEP in self._run.asked or node.question[-1] is True
-        first = self._loop.setdefault(waits, node)
+        doubtful = DISCONNECTED in answers
+        if answers and answers[-1] == DISCONNECTED:
+            return node  # the next one breaks for good
+        first = self._loop.setdefault((waits, doubtful), node)
         assert first.question == node.question
         return first
 
@@ -225,14 +242,17 @@ class _Run:
         self._threads_fail = threads_fail
         self._now = 0.0
         self._looking = False
+        self._pretending: bool | None = None
         self.open: Question | None = None
         self.asked: list[str] = []
         self.kept = False
-        self.duties: list[tuple[Question, bool]] = []
+        self.duties: list[Duty] = []
 
     def ask(self, *question: Any) -> Any:
         if self._looking:
             raise _Asked(question)
+        if self._pretending is not None:
+            return self._pretending
         if self.open is not None:
             raise _NotYet  # on its way out
         try:
@@ -243,6 +263,8 @@ class _Run:
         self.asked.append(question[0])
         if answer == LOST:
             raise AnswerLost(answer)
+        if answer == DISCONNECTED:
+            raise Disconnected(answer)
         if answer == UNDONE:
             raise StoreUnavailable(answer)
         if answer == UNKNOWN:
@@ -338,20 +360,32 @@ class _Run:
     def finish_later(self, claim: Claim, operation: object, finish: Callable[[], bool]) -> None:
         if self.open is None:
             self.kept = False  # by its duty from now on
-            self._leave(finish, undo=False)
+            self.duties.append(self._duty(finish, undo=False))
 
     def undo_later(self, claim: Claim, undo: Callable[[], bool]) -> None:
         if self.open is None:
-            self._leave(undo, undo=True)
+            self.duties.append(self._duty(undo, undo=True))
 
-    def _leave(self, call: Callable[[], bool], *, undo: bool) -> None:
+    def _duty(self, call: Callable[[], bool], *, undo: bool) -> Duty:
         self._looking = True
         try:
             call()
         except _Asked as asked:
-            self.duties.append((asked.args[0], undo))
+            (question,) = asked.args
         finally:
             self._looking = False
+        if undo:
+            return Duty(question, undo)
+        return Duty(question, undo, (self._after(call, True), self._after(call, False)))
+
+    def _after(self, call: Callable[[], bool], done: bool) -> Duty | None:
+        before = len(self.duties)
+        self._pretending = done
+        try:
+            call()
+        finally:
+            self._pretending = None
+        return self.duties.pop() if len(self.duties) > before else None
 
 
 class _Transaction:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from exhaustive import clients as asked
-from exhaustive.clients import Client, Node, Question
+from exhaustive.clients import Client, Duty, Node, Question
 from exhaustive.database import CLAIMED, COMPLETED, Database, Granted, Row, expired, look
 
 _Steps = Iterator[tuple["Step", "Situation"]]
@@ -47,7 +47,7 @@ class Standing(NamedTuple):
     asks_again: bool = False
     fate: str = NOTHING
     lapsed: bool = False
-    duties: tuple[tuple[Question, bool], ...] = ()
+    duties: tuple[Duty, ...] = ()
 
 
 class Open(NamedTuple):
@@ -208,8 +208,10 @@ class Search:
                 (None, "the lease runs out", i),
                 now._replace(row=row._replace(lapsed=True), clients=clients),
             )
-        # No statement takes as long as a retention: those of its claim have come by then.
-        if not row.past_retention and not standing.asks_again:
+        # No statement takes as long as a retention: those of its claim have come by then, and
+        # the second try, if there is one, is over.
+        tries_again = standing.asks_again or standing.node.answers[-1:] == (asked.DISCONNECTED,)
+        if not row.past_retention and not tries_again:
             clients = now.clients
             if standing.fate in (STORED, RELEASED):
                 clients = _with(clients, i, standing._replace(fate=NOTHING))
@@ -228,13 +230,9 @@ class Search:
         node, row = standing.node, now.row
         if row is not None and row.lapsed and _renews(standing) and not _uncommitted(now):
             yield from self._renewal(now, i, standing, row)
-        for n, (question, undo) in enumerate(standing.duties):
-            if self._blocked(now, i, question):
-                continue
-            if undo:
-                yield from self._undo(now, i, standing, n, question)
-            else:
-                yield from self._catch_up(now, i, standing, n, question)
+        for n, duty in enumerate(standing.duties):
+            if not self._blocked(now, i, duty.question):
+                yield from (self._undo if duty.undo else self._catch_up)(now, i, n, duty)
         kind = node.question[0]
         if kind is asked.ANSWERED:
             if standing.duties and now.crashes:
@@ -254,7 +252,10 @@ class Search:
                 looked = _with(now.clients, i, standing._replace(looked=True))
                 yield (i, "takes a snapshot without a row", kind), now._replace(clients=looked)
             else:
-                yield from self._answered(now, i, standing, look(row, i))
+                found = look(row, i)
+                if isinstance(found, Granted):  # by a statement of its that came late
+                    standing = standing._replace(fate=RUNNING, lapsed=row.lapsed)
+                yield from self._answered(now, i, standing, found)
         elif not self._blocked(now, i, node.question):
             yield from self._statement(now, i, standing)
         if now.losses:
@@ -279,8 +280,12 @@ class Search:
         question = standing.node.question
         on_the_way = _sent(now, i, question)
         fewer = now._replace(losses=now.losses - 1)
+        sent = fewer._replace(on_their_way=on_the_way)
         for answer in (asked.LOST, asked.INTERRUPTED) if self.interrupts else (asked.LOST,):
-            yield from self._answered(fewer._replace(on_their_way=on_the_way), i, standing, answer)
+            yield from self._answered(sent, i, standing, answer)
+        if question[0] in _GRANTS:
+            yield from self._answered(sent, i, standing, asked.DISCONNECTED)
+            return
         if standing.asks_again or self._blocked(now, i, question):
             return
         self._trying = step = i, "has effect, unheard, and is asked again", question
@@ -315,28 +320,27 @@ class Search:
         clients = _with(now.clients, i, standing._replace(lapsed=False))
         yield step, now._replace(row=after, clients=clients)
 
-    def _catch_up(
-        self, now: Situation, i: int, standing: Standing, n: int, question: Question
-    ) -> _Steps:
-        self._trying = step = i, "catches up with", question
-        row, clients, _ = self._effect(now.row, now.clients, i, question)
-        after = _at_the_end(_less(clients[i], n))
-        yield step, now._replace(row=row, clients=_with(clients, i, after))
+    def _catch_up(self, now: Situation, i: int, n: int, duty: Duty) -> _Steps:
+        self._trying = step = i, "catches up with", duty.question
+        row, clients, done = self._effect(now.row, now.clients, i, duty.question)
+        after = _less(clients[i], n)
+        following = duty.then[0 if done else 1]
+        if following is not None:
+            after = after._replace(duties=(*after.duties, following))
+        yield step, now._replace(row=row, clients=_with(clients, i, _at_the_end(after)))
 
-    def _undo(
-        self, now: Situation, i: int, standing: Standing, n: int, question: Question
-    ) -> _Steps:
+    def _undo(self, now: Situation, i: int, n: int, duty: Duty) -> _Steps:
         """It is asked again and again, and for the last time when nothing can be on its way
         any more. What comes even later is left behind, and nobody is to blame."""
-        self._trying = step = i, "undoes", question
-        row, clients, _ = self._effect(now.row, now.clients, i, question)
+        self._trying = step = i, "undoes", duty.question
+        row, clients, _ = self._effect(now.row, now.clients, i, duty.question)
         if row is not now.row:
             yield step, now._replace(row=row, clients=clients)
         after = _less(clients[i], n)
-        if any(sent[0] == i for sent in now.on_their_way):
+        if any(j == i and sent[0] in _GRANTS for j, sent in now.on_their_way):
             after = after._replace(node=self.clients[i].gave_up)
         yield (
-            (i, "undoes for the last time", question),
+            (i, "undoes for the last time", duty.question),
             now._replace(row=row, clients=_with(clients, i, _at_the_end(after))),
         )
 
@@ -489,7 +493,7 @@ class Search:
 
 
 _GRANTS = (asked.CLAIM, asked.TAKE_OVER)
-_RAISED = (asked.LOST, asked.INTERRUPTED)
+_RAISED = (asked.LOST, asked.DISCONNECTED, asked.INTERRUPTED)
 _OF_CLOCKS = ("the lease runs out", "the retention runs out", "a purge deletes the row")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     asked.STREAM: ("sent",),
@@ -512,7 +516,7 @@ def _uncommitted(now: Situation) -> bool:
 
 
 def _renews(standing: Standing) -> bool:
-    return standing.node.kept or any(not undo for _, undo in standing.duties)
+    return standing.node.kept or any(not duty.undo for duty in standing.duties)
 
 
 def _at_the_end(standing: Standing) -> Standing:

@@ -25,7 +25,8 @@ class Store(Protocol):
     - A store that can't be reached raises
       :class:`~wsgi_idempotency.errors.StoreUnavailable` within a bounded time; where it
       broke off in the middle, so that the call may have taken effect,
-      :class:`~wsgi_idempotency.errors.AnswerLost`.
+      :class:`~wsgi_idempotency.errors.AnswerLost`, or its
+      :class:`~wsgi_idempotency.errors.Disconnected` where it may be asked again at once.
     - It may be constructed before a fork and used after it, in parent and child.
     """
 
@@ -37,8 +38,12 @@ class Store(Protocol):
         has expired or lapsed is returned as it is, for :meth:`take_over`. A row that
         carries the caller's own token is the caller's claim, and is granted again.
 
+        Not repeated by the store itself when its answer is lost: whoever repeats it has to
+        know that the first may be made late, after everything that came of the second.
+
         :raises StoreUnavailable: the store can't be reached; the claim may have been made.
         :raises SchemaError: the schema is missing or old.
+        :raises StoreError: it contradicts itself; nothing was claimed.
         """
 
     def take_over(self, claim: Claim, seen: Record) -> Claimed | None:
@@ -52,6 +57,8 @@ class Store(Protocol):
         In a store whose rows have ``effects``, it is granted only while ``seen.effects`` is
         still true of the row; and of a lapsed one with effects also where a lapse is to hold,
         since the operation is done and only its response is wanted: ``attempt`` stays.
+
+        Not repeated by the store itself, as :meth:`claim`.
 
         :returns: None when somebody else was first or the row has changed or gone:
             claim again.

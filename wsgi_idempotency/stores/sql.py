@@ -32,6 +32,7 @@ from wsgi_idempotency.errors import (
     AnswerLost,
     ConfigurationError,
     CorruptRecord,
+    Disconnected,
     NotStorable,
     SchemaError,
     StoreError,
@@ -415,7 +416,7 @@ class _PostgreSQL:
                 return Claimed(attempt=row[0])
             if row[1] is not None:
                 return _own_or_record(_record(row[1:]), claim)
-        raise StoreUnavailable(f"no stable answer to a claim after {_LOOKS} looks")
+        raise StoreError(f"no stable answer to a claim after {_LOOKS} looks")
 
     def ready(self, driver: Any, isolation_level: str | None, seconds: float) -> None:
         """Make a connection begin transactions by itself, at a level; attributes of
@@ -451,7 +452,7 @@ class _PostgreSQL:
             if not mine and not self._await(driver, run, params, wait):
                 return None
             cursor = run(_PG_ENTER, params)
-        raise StoreUnavailable(f"no stable answer to a claim after {_LOOKS} looks")
+        raise StoreError(f"no stable answer to a claim after {_LOOKS} looks")
 
     def _await(self, driver: Any, run: _Run, params: dict[str, Any], wait: float) -> bool:
         if wait <= 0:
@@ -516,7 +517,7 @@ class _SQLite:
                 return _own_or_record(_record(tuple(row)), claim)
             if run(_LITE_INSERT, _claim_params(claim)).rowcount == 1:
                 return Claimed(attempt=1)
-        raise StoreUnavailable(f"no stable answer to a claim after {_LOOKS} looks")
+        raise StoreError(f"no stable answer to a claim after {_LOOKS} looks")
 
     def ready(self, driver: Any, isolation_level: str | None, seconds: float) -> None:
         """Wait so long for the lock. Every transaction of SQLite's is serializable, which is
@@ -679,10 +680,10 @@ class SQLStore:
     # ------------------------------------------------------------------ the contract
 
     def claim(self, claim: Claim) -> Claimed | Record:
-        return self._call(lambda run: self._sql.claim(run, claim))
+        return self._call(lambda run: self._sql.claim(run, claim), again=False)
 
     def take_over(self, claim: Claim, seen: Record) -> Claimed | None:
-        return self._call(lambda run: self._sql.take_over(run, claim, seen))
+        return self._call(lambda run: self._sql.take_over(run, claim, seen), again=False)
 
     def lookup(self, digest: bytes) -> Record | None:
         row = self._call(lambda run: run(self._sql.LOOKUP, {"digest": digest}).fetchone())
@@ -771,7 +772,7 @@ class SQLStore:
             finally:
                 if not entered:
                     transaction.rollback()
-        raise StoreUnavailable(f"no stable answer to a claim after {_LOOKS} looks")
+        raise StoreError(f"no stable answer to a claim after {_LOOKS} looks")
 
     def _connect(self, isolation_level: str | None, wait: float) -> Connection:
         try:
@@ -791,22 +792,26 @@ class SQLStore:
     def _one(self, statement: str, params: Mapping[str, Any]) -> bool:
         return self._call(lambda run: run(statement, params).rowcount == 1)
 
-    def _call(self, work: Callable[[_Run], _T]) -> _T:
+    def _call(self, work: Callable[[_Run], _T], *, again: bool = True) -> _T:
         if not self._verified:
             self._verify_schema()
-        return self._attempt(work)
+        return self._attempt(work, again=again)
 
-    def _attempt(self, work: Callable[[_Run], _T]) -> _T:
+    def _attempt(self, work: Callable[[_Run], _T], *, again: bool = True) -> _T:
         """Run ``work`` on a connection of the pool, with the errors of the contract.
 
         A pooled connection may have died since it was last used (the server was
         restarted). Nobody asks it beforehand; the work, which every method of the
         contract may repeat, is done again on a new connection, once. Not after a
         time-out: the server is there and does not answer.
+
+        :param again: False where the caller has to know of it.
         """
         try:
             return self._once(work)
-        except _Disconnected:
+        except _Disconnected as exc:
+            if not again:
+                raise Disconnected(f"the connection to {self!r} was lost: {exc}") from exc
             logger.info("a pooled connection to %r was dead; trying a new one", self)
         try:
             return self._once(work)
