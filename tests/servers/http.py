@@ -128,6 +128,7 @@ class Gunicorn:
     def stop(self) -> None:
         """Stop gracefully, as a deployment does; by force after 30 seconds."""
         if self.process.poll() is None:
+            self._wait_until_complete()
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
@@ -139,6 +140,15 @@ class Gunicorn:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._watchdog.dismiss()
+
+    def _wait_until_complete(self) -> None:
+        """Wait for the workers that replace killed ones: one that doesn't handle signals yet
+        loses the request to end, and gunicorn gives it 30 seconds to follow it."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if sum(map(is_running, set(self.worker_pids))) >= self.workers:
+                return
+            time.sleep(0.02)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
@@ -159,6 +169,13 @@ class Gunicorn:
         self.stop()
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it hasn't ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    return False
+
+
 @contextmanager
 def waitress(application: WSGIApplication, *, threads: int = 8) -> Iterator[Address]:
     """Serve with waitress, in this process."""
@@ -169,6 +186,9 @@ def waitress(application: WSGIApplication, *, threads: int = 8) -> Iterator[Addr
 
     def close() -> None:
         server.task_dispatcher.shutdown()
+        # close_all() closes the sockets alone, not what is buffered for them on disk.
+        for channel in list(server.active_channels.values()):
+            channel.handle_close()
         wasyncore.close_all(server._map)
 
     with running(server.run, lambda: server.trigger.pull_trigger(close)):
