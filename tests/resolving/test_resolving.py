@@ -506,6 +506,7 @@ def refusing(url: str, event: str, table: str, sqlstate: str = "P0001") -> Itera
             " BEGIN SELECT RAISE(ABORT, 'refused'); END",
         )
         yield
+        query(url, "DROP TRIGGER refuse")
         return
     query(
         url,
