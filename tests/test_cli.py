@@ -118,6 +118,7 @@ def test_help_says_what_there_is_and_what_it_exits_with() -> None:
         "upgrade",
         "check",
         "purge",
+        "stats",
         "list",
         "show",
         "resolve",

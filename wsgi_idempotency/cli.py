@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 ELSEWHERE = {
     "demo": "wsgi_idempotency.demo:demo",
     "purge": "wsgi_idempotency.purge_command:purge",
-    "list": "wsgi_idempotency.resolve_commands:list_operations",
-    "show": "wsgi_idempotency.resolve_commands:show",
+    "stats": "wsgi_idempotency.inspect_commands:stats",
+    "list": "wsgi_idempotency.inspect_commands:list_operations",
+    "show": "wsgi_idempotency.inspect_commands:show",
     "resolve": "wsgi_idempotency.resolve_commands:resolve",
     "reconcile": "wsgi_idempotency.resolve_commands:reconcile",
 }
@@ -181,14 +182,19 @@ def purge() -> None:
     """Delete expired rows, the oldest first."""
 
 
+@main.command()
+def stats() -> None:
+    """Count what is in the table, by route and by what it means now."""
+
+
 @main.command("list")
 def list_operations() -> None:
-    """List operations whose outcome nobody knows."""
+    """List operations whose outcome nobody knows, or those of a state."""
 
 
 @main.command()
 def show() -> None:
-    """Show one operation, and what was decided about it."""
+    """Show one operation: what it is now, what happened to it, and its response."""
 
 
 @main.command()

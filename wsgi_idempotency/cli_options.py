@@ -85,17 +85,19 @@ database_option = click.option(
 
 
 @contextlib.contextmanager
-def store_of(database: URL) -> Iterator[SQLStore]:
-    """The store in a database that has our schema, and what to do about one that hasn't."""
+def store_of(database: URL, timeout: float = 60.0) -> Iterator[SQLStore]:
+    """The store in a database that has our schema, and what to do about one that hasn't.
+
+    :param timeout: seconds a statement may take. Nobody waits for it, unlike for a request.
+    """
     from wsgi_idempotency.checkup import sqlite_file_exists
     from wsgi_idempotency.stores.sql import SQLStore
 
     sqlite = database.get_backend_name() == "sqlite"
     if sqlite and not sqlite_file_exists(database):
         raise click.ClickException(f"{database.database} doesn't exist. Is the path right?")
-    # Seconds. Nobody waits for a batch, unlike for a request; on SQLite it is only the time
-    # to get the lock.
-    store = SQLStore(database, create=False, timeout=5.0 if sqlite else 60.0)
+    # On SQLite it is only the time to get the lock.
+    store = SQLStore(database, create=False, timeout=5.0 if sqlite else timeout)
     with contextlib.closing(store), unavailable():
         store.check()
         yield store

@@ -1,8 +1,7 @@
-"""The commands for operations of unknown outcome: list, show, resolve, reconcile."""
+"""The commands that decide about operations: resolve, reconcile; and how operations are shown."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pwd
@@ -19,7 +18,6 @@ from wsgi_idempotency.checkup import span
 from wsgi_idempotency.cli_options import (
     EXIT_INTERRUPTED,
     database_option,
-    json_option,
     seconds,
     stopped_by_signals,
     store_of,
@@ -49,45 +47,7 @@ _MATCHES = 20
 _WITHOUT_BODY = (204, 205, 304)  # RFC 9110 sections 15.3.5, 15.3.6 and 15.4.5
 
 
-# ---------------------------------------------------------------------- list
-
-
-@click.command("list")
-@database_option
-@click.option(
-    "--held",
-    is_flag=True,
-    help="Those whose retries are told OUTCOME_UNKNOWN: held, or lapsed where a lapse holds.",
-)
-@click.option(
-    "--lapsed",
-    is_flag=True,
-    help="Those whose worker is gone, whether a retry may run them or not.",
-)
-@click.option(
-    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="List so many."
-)
-@json_option
-def list_operations(database: URL, held: bool, lapsed: bool, limit: int, as_json: bool) -> None:
-    """List operations whose outcome nobody knows.
-
-    The oldest come first. Without --held or --lapsed it is both. It reads the whole table.
-    """
-    if not held and not lapsed:
-        held = lapsed = True
-    with store_of(database) as store:
-        found = Resolver(store).unresolved(held=held, lapsed=lapsed, limit=limit + 1)
-    more, found = len(found) > limit, found[:limit]
-    if as_json:
-        operations = [as_dict(row) for row in found]
-        click.echo(json.dumps({"operations": operations, "more": more}, indent=2))
-        return
-    if not found:
-        click.echo("There is none.")
-        return
-    click.echo(table(found))
-    if more:
-        click.echo(f"There are more than these {limit}; see --limit.", err=True)
+# ---------------------------------------------------------------------- operations
 
 
 def table(rows: Iterable[Details]) -> str:
@@ -103,7 +63,7 @@ def table(rows: Iterable[Details]) -> str:
             row.scope,
             row.digest.hex(),
         ]
-        lines.append([printable(cell) for cell in cells])
+        lines.append([printable(cell, 80) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -150,48 +110,12 @@ def moment(seconds_since_1970: float) -> str:
     return datetime.fromtimestamp(seconds_since_1970, timezone.utc).isoformat(timespec="seconds")
 
 
-# ---------------------------------------------------------------------- show
-
 key_argument = click.argument("key")
 scope_option = click.option(
     "--scope",
     metavar="TEXT",
     help="Whose key it is, as the table has it; see list. Needed where several have this key.",
 )
-
-
-@click.command()
-@database_option
-@key_argument
-@scope_option
-@json_option
-def show(database: URL, key: str, scope: str | None, as_json: bool) -> None:
-    """Show one operation, and what was decided about it.
-
-    KEY is the idempotency key, or the 64 hexadecimal digits of its digest. To find a key
-    reads the whole table, to find a digest doesn't.
-    """
-    with store_of(database) as store:
-        resolver = Resolver(store)
-        digest = digest_in(key, scope)
-        if digest is not None and not matches(resolver, key, scope):
-            row, decided = None, resolver.resolutions(digest)  # it may have been forgotten
-        else:
-            row = the_one(resolver, key, scope)
-            decided = resolver.resolutions(row.digest)
-    if row is None and not decided:
-        raise nothing(key, scope)
-    if as_json:
-        resolutions = [resolution_as_dict(one) for one in decided]
-        operation = None if row is None else as_dict(row)
-        click.echo(json.dumps({"operation": operation, "resolutions": resolutions}, indent=2))
-        return
-    if row is None:
-        click.echo("There is no such operation any more.")
-    else:
-        click.echo(described(row))
-    for one in decided:
-        click.echo(told(one))
 
 
 def digest_in(key: str, scope: str | None) -> bytes | None:
