@@ -6,6 +6,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -117,6 +118,36 @@ def gate() -> Iterator[Gate]:
     """Where a handler waits until the test lets it pass."""
     with Gate() as gate:
         yield gate
+
+
+#: Files whose tests stay in one worker of pytest-xdist, as they share what takes long to start.
+TOGETHER = {
+    "test_crash_points.py",
+    "test_frameworks.py",
+    "test_http_servers.py",
+    "test_packaging.py",
+}
+
+#: Files of which each class stays in one.
+CLASSES_TOGETHER = {"test_store_conformance.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal out single tests, except for those that stay together, which come first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path, *names = nodeid.split("::")
+            file = path.rpartition("/")[2]
+            if file in TOGETHER:
+                return path
+            if file in CLASSES_TOGETHER:
+                return f"{path}::{names[0]}"
+            return nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:
