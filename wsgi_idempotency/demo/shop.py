@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from flask import Flask, Response, render_template, request
+from flask import Flask, Response, redirect, render_template, request
 from sqlalchemy import (
     Boolean,
     Column,
@@ -19,21 +21,35 @@ from sqlalchemy import (
     insert,
     select,
 )
+from werkzeug.exceptions import BadRequest
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
+from wsgi_idempotency.demo.double_tap import times
 from wsgi_idempotency.demo.server import DATABASE_VARIABLE
+from wsgi_idempotency.key import form_field, new_key
 from wsgi_idempotency.middleware import IdempotencyMiddleware
+from wsgi_idempotency.policy import Policy, Route
 from wsgi_idempotency.scope import everyone
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
     from sqlalchemy import Engine
+    from werkzeug.wrappers import Response as WerkzeugResponse
 
 #: Seconds a charge takes: long enough for a second tap to find the first under way.
 SECONDS = 1
 
 #: Rows the ledger page shows.
 SHOWN = 20
+
+#: What the classic form charges, in cents.
+AMOUNT = 4200
+
+#: A form can't be told to come back later, as a program can: its second click waits.
+FORMS = Route(
+    "/orders",
+    Policy(key=form_field("idempotency_key"), required=True, wait=SECONDS + 10),
+)
 
 metadata = MetaData()
 
@@ -62,7 +78,7 @@ def create_app(database: str | None = None, *, seconds: float = SECONDS) -> WSGI
         {
             "/unprotected": charges,
             # One shop for whoever started it: there is no log-in here to tell people apart by.
-            "/protected": IdempotencyMiddleware(charges, database, scope=everyone),
+            "/protected": IdempotencyMiddleware(charges, database, scope=everyone, routes=[FORMS]),
         },
     )
 
@@ -71,20 +87,32 @@ def create_charges(engine: Engine, seconds: float) -> Flask:
     """Make the application that charges. It knows nothing of idempotency keys."""
     app = Flask("wsgi_idempotency.demo.charges", static_folder=None)
 
-    @app.post("/charges")
-    def charge() -> tuple[dict[str, Any], int]:
+    def charge() -> dict[str, Any]:
         order = request.form.get("order", "")
         amount = request.form.get("amount", type=int)
         if not 0 < len(order) <= 40:
-            return {"error": "order must have from 1 to 40 characters"}, 400
+            raise BadRequest("order must have from 1 to 40 characters")
         if amount is None or not 0 < amount < 100_000_000:
-            return {"error": "amount must be a number of cents from 1 to 99999999"}, 400
+            raise BadRequest("amount must be a number of cents from 1 to 99999999")
         time.sleep(seconds)  # the payment provider takes its time
         row = {"order": order, "amount": amount, "protected": request.script_root == "/protected"}
         with engine.begin() as connection:
             made = connection.execute(insert(ledger).values(row)).inserted_primary_key
         assert made is not None  # SQLAlchemy has none for an INSERT of several rows only
-        return {"id": f"ch_{made.id}", "order": order, "amount": amount}, 201
+        return {"id": f"ch_{made.id}", "order": order, "amount": amount}
+
+    @app.post("/charges")
+    def for_programs() -> tuple[dict[str, Any], int]:
+        return charge(), 201
+
+    @app.post("/orders")
+    def for_browsers() -> WerkzeugResponse:
+        # Seen from the mount point, where the page of the order is not.
+        return redirect("../orders/" + quote(charge()["order"], safe=""), 303)
+
+    @app.errorhandler(BadRequest)
+    def refuse(error: BadRequest) -> tuple[dict[str, str | None], int]:
+        return {"error": error.description}, 400
 
     return app
 
@@ -95,7 +123,23 @@ def create_pages(engine: Engine) -> Flask:
 
     @app.get("/")
     def page() -> str:
-        return render_template("index.html", seconds=SECONDS)
+        # One purchase for each form, made when the page is. Back shows the page again as it
+        # was, with the same keys; a reload makes new ones.
+        forms = [
+            {"door": door, "order": secrets.token_hex(4), "key": new_key()}
+            for door in ("unprotected", "protected")
+        ]
+        return render_template("index.html", seconds=SECONDS, amount=AMOUNT, forms=forms)
+
+    @app.get("/orders/<order>")
+    def show_order(order: str) -> tuple[str, int]:
+        """Where a form leads to when it has been sent."""
+        with engine.connect() as connection:
+            rows = connection.execute(
+                select(ledger).where(ledger.c.order == order).order_by(ledger.c.id)
+            ).all()
+        page = render_template("order.html", order=order, charges=rows, count=times(len(rows)))
+        return page, 200 if rows else 404
 
     @app.get("/ledger")
     def show_ledger() -> dict[str, Any]:
@@ -114,10 +158,12 @@ def create_pages(engine: Engine) -> Flask:
     def harden(response: Response) -> Response:
         response.headers["Content-Security-Policy"] = (
             "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
-            " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            " img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
         )
         response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Cache-Control"] = "no-store"
+        # Kept for Back and Forward, which don't ask again (RFC 9111 section 6): a page that
+        # isn't stored would come back with another key.
+        response.headers["Cache-Control"] = "no-cache" if request.path == "/" else "no-store"
         return response
 
     return app
