@@ -46,7 +46,7 @@ from wsgi_idempotency import (
 from wsgi_idempotency.capture import InvalidApplication
 from wsgi_idempotency.errors import AnswerLost, ConfigurationError, NotStorable, StoreUnavailable
 from wsgi_idempotency.operation import ENVIRON_KEY
-from wsgi_idempotency.problems import stripe
+from wsgi_idempotency.problems import rfc9457, stripe
 from wsgi_idempotency.records import Completion
 
 
@@ -941,6 +941,28 @@ def test_a_route_of_other_methods_is_passed_over_for_the_next():
     assert app.executions == 3
 
 
+def test_a_route_counts_also_for_methods_its_policy_lets_pass():
+    """As a person reads the list: the default policy is for what no route is for."""
+    app = App()
+    _, client = wrap(app, routes=[Route("/pay", Policy(methods=["PATCH"]))])
+    for _ in range(2):
+        assert post(client).status_code == 201
+    assert app.executions == 2
+    for _ in range(2):
+        assert post(client, path="/other").status_code == 201
+    assert app.executions == 3
+
+
+def test_a_forked_child_has_places_to_wait_of_its_own():
+    middleware, _ = wrap(App(), max_waiting=1)
+    assert middleware.waiting.acquire(False)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if middleware.waiting.acquire(False) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert not middleware.waiting.acquire(False), "the parent's are as they were"
+
+
 def test_the_first_route_that_matches_counts():
     app = App()
     routes = [
@@ -1415,14 +1437,26 @@ def test_an_answer_is_settled_once_when_the_server_refuses_its_head(reachable):
     assert "fenced" not in [event.name for event in told]
 
 
-def test_a_location_that_can_not_be_parsed_is_left_out():
-    app = App(headers=[("Location", "http://[")], body=b"x" * 200)
-    _, client = wrap(app, lint=False, policy=Policy(max_response_bytes=100))
-    with contextlib.suppress(ValueError):
-        post(client)
-    retry = post(client)
-    refused(retry, 409, "RESPONSE_NOT_REPLAYABLE", "false")
-    assert "Location" not in retry.headers
+@pytest.mark.parametrize(
+    "location",
+    [
+        "order/1",
+        "//other/x",
+        "/caf\xc3\xa9?q=a b|\xe9",
+        "HTTP://Shop.example:80/%7ea/../b",
+        "http://[",
+    ],
+)
+@pytest.mark.parametrize("renderer", [rfc9457, stripe], ids=["rfc9457", "stripe"])
+def test_a_location_reaches_the_retry_as_the_application_gave_it(location, renderer):
+    """Byte for byte, though it may be no URI."""
+    app = App(headers=[("Location", location)], body=b"x" * 200)
+    policy = Policy(max_response_bytes=100)
+    middleware, _ = wrap(app, lint=False, policy=policy, render_problem=renderer)
+    served(middleware)
+    headers = []
+    assert served(middleware, headers)[0].startswith("409")
+    assert [value for name, value in headers if name.lower() == "location"] == [location]
 
 
 def test_a_client_that_goes_away_in_the_middle_of_a_stream_has_its_operation_done():
@@ -1439,8 +1473,8 @@ def test_a_client_that_goes_away_in_the_middle_of_a_stream_has_its_operation_don
     assert app.executions == 1
 
 
-@pytest.mark.parametrize("location", ["/a\nSet-Cookie: a=b", "http://[", "\u20ac", ""])
-def test_a_location_that_somebody_else_has_stored_is_sent_if_it_can_be(location):
+@pytest.mark.parametrize("location", ["/a\nSet-Cookie: a=b", "\u20ac", ""])
+def test_a_location_that_somebody_else_has_stored_and_can_not_be_sent_is_left_out(location):
     store, app = MemoryStore(), App()
     _, client = wrap(app, store=store)
     post(client)
@@ -2090,13 +2124,77 @@ def test_a_take_over_that_somebody_else_won_is_looked_at_again():
 # ------------------------------------------------------------------ observers and renderers (P9)
 
 
-def test_what_observers_and_renderers_raise_is_logged(caplog):
-    app = App()
-    _, client = wrap(app, on_event=[failing], render_problem=failing)
+def test_what_observers_raise_is_logged(caplog):
+    _, client = wrap(App(), on_event=[failing])
     assert post(client).status_code == 201
-    refused(post(client, body=b"other"), 422, "FINGERPRINT_MISMATCH", "false")
     assert "the observer" in caplog.text
-    assert "render_problem failed" in caplog.text
+
+
+def raising_late(problem, environ):
+    def app(environ, start_response):
+        start_response("422 Oh", [])
+        yield b"{"
+        raise LookupError
+
+    return app
+
+
+def silent(problem, environ):
+    return lambda environ, start_response: []
+
+
+def forging(problem, environ):
+    def app(environ, start_response):
+        start_response("422 Oh", [("X-Code", "a\nSet-Cookie: a=b")])
+        return []
+
+    return app
+
+
+@pytest.mark.parametrize(
+    "renderer",
+    [
+        failing,
+        pytest.param(lambda problem, environ: None, id="None"),
+        pytest.param(lambda problem, environ: failing, id="an application that raises"),
+        pytest.param(raising_late, id="an application that raises after its first chunk"),
+        pytest.param(silent, id="an application that starts no response"),
+        pytest.param(forging, id="an application whose header would forge another"),
+    ],
+)
+def test_a_renderer_that_fails_is_replaced(caplog, renderer):
+    """The client gets the problem all the same, and the operator is told."""
+    _, client = wrap(App(), render_problem=renderer)
+    post(client)
+    document = refused(post(client, body=b"other"), 422, "FINGERPRINT_MISMATCH", "false")
+    assert document["type"].startswith("urn:")
+    (told,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert told.getMessage().startswith("render_problem failed on FINGERPRINT_MISMATCH")
+
+
+def test_a_renderer_may_write_and_start_again():
+    class Body(list):
+        closed = 0
+
+        def close(self):
+            type(self).closed += 1
+
+    def renderer(problem, environ):
+        def app(environ, start_response):
+            start_response("200 OK", [])
+            write = start_response("418 Oh", [("X-Code", problem.code)], (None, None, None))
+            write(b"a")
+            return Body([b"b", b"c"])
+
+        return app
+
+    _, client = wrap(App(), lint=False, render_problem=renderer)
+    post(client)
+    answer = post(client, body=b"other")
+    assert (answer.status, answer.get_data()) == ("418 Oh", b"abc")
+    assert answer.headers["X-Code"] == "FINGERPRINT_MISMATCH"
+    assert answer.headers["X-Should-Retry"] == "false"
+    assert Body.closed == 1
 
 
 def test_another_renderer_still_gets_the_hints():

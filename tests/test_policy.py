@@ -132,7 +132,7 @@ def test_a_route_with_something_else_for_a_policy_is_refused():
 
 
 def test_a_route_whose_methods_its_policy_does_not_protect_is_refused():
-    with pytest.raises(ConfigurationError, match="give the policy the same methods"):
-        Route("/pay", Policy(), methods=["PUT"])
+    with pytest.raises(ConfigurationError, match="not protect PUT; give the policy the same"):
+        Route("/pay", Policy(), methods=["put", "POST"])
     assert Route("/pay", Policy(), methods=["post"]).methods == {"POST"}
     assert Route("/pay", None, methods=["PUT"]).methods == {"PUT"}

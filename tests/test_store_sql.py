@@ -26,7 +26,7 @@ from wsgi_idempotency.errors import (
     StoreError,
     StoreUnavailable,
 )
-from wsgi_idempotency.records import Claim, Claimed, Record
+from wsgi_idempotency.records import Claim, Claimed, Completion, Record
 from wsgi_idempotency.stores.sql import database_url, shown
 from wsgi_idempotency.testing import make_claim
 
@@ -117,9 +117,9 @@ def test_no_password_is_shown_wherever_the_url_has_it() -> None:
     assert "application_name=x" in shown(store.url)
 
 
-def raise_on(url: str, event: str, sqlstate: str | None) -> None:
+def raise_on(url: str, event: str, sqlstate: str | None, message: str = "refused") -> None:
     """Let the database refuse an event with a SQLSTATE, or ignore it silently."""
-    what = "RETURN NULL" if sqlstate is None else f"RAISE 'refused' USING ERRCODE = '{sqlstate}'"
+    what = "RETURN NULL" if sqlstate is None else f"RAISE '{message}' USING ERRCODE = '{sqlstate}'"
     with psycopg.connect(libpq(url), autocommit=True) as connection:
         connection.execute(
             "CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
@@ -290,6 +290,35 @@ def test_a_number_out_of_postgresql_s_range_is_not_storable(pg_database):
     store = SQLStore(pg_database)
     with pytest.raises(NotStorable):
         store.purge(2**70)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "sqlstate", "error"),
+    [
+        ("invalid memory alloc request size 1073741824", "XX000", NotStorable),
+        ("string buffer exceeds maximum allowed length", "54000", NotStorable),
+        ("value too long for type character varying(5)", "22001", NotStorable),
+        ("cache lookup failed for relation 1", "XX000", StoreUnavailable),
+        (
+            "could not read block 1 in file: invalid memory alloc request size",
+            "XX000",
+            StoreUnavailable,
+        ),
+        ("index contains unexpected zero page", "XX002", StoreUnavailable),
+    ],
+)
+def test_what_is_too_large_is_not_storable_and_what_is_broken_is_unavailable(
+    pg_database, message, sqlstate, error
+):
+    """An internal error says nothing of what was to be stored: it may be stored later."""
+    store = SQLStore(pg_database)
+    claim = new_claim()
+    store.claim(claim)
+    raise_on(pg_database, "UPDATE", sqlstate, message)
+    with pytest.raises(error, match=sqlstate) as failed:
+        store.complete(claim.digest, claim.token, Completion("201 Made", (), b"made"))
+    assert type(failed.value) is error
     store.close()
 
 

@@ -12,12 +12,12 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from urllib.parse import urlsplit
 
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import Map, RequestRedirect, Rule
@@ -138,7 +138,9 @@ class IdempotencyMiddleware:
         self.render_problem = render_problem
         self.secret = _secret(secret)
         self.heartbeat = Heartbeat(self.store, self._lost)
-        self.waiting = threading.BoundedSemaphore(max_waiting) if max_waiting else None
+        self._max_waiting = max_waiting
+        self.forget_parent()
+        _middlewares.add(self)
         routes = tuple(routes)
         for route in routes:
             if not isinstance(route, Route):
@@ -184,6 +186,11 @@ class IdempotencyMiddleware:
         policy, rule = next(matching, (self.policy, None))
         return (policy, rule) if policy is not None and method in policy.methods else (None, None)
 
+    def forget_parent(self) -> None:
+        """In a forked child: who waited in the parent doesn't wait here."""
+        places = self._max_waiting
+        self.waiting = threading.BoundedSemaphore(places) if places else None
+
     def warn_unjoined(self, policy: Policy, operation: Operation) -> None:
         """Once for each policy: an application that never asks for the connection can't have
         written in the transaction."""
@@ -200,6 +207,17 @@ class IdempotencyMiddleware:
         logger.warning(
             "%r has lost its claim to another worker: its response won't be recorded", operation
         )
+
+
+_middlewares: weakref.WeakSet[IdempotencyMiddleware] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for middleware in list(_middlewares):
+        middleware.forget_parent()
+
+
+forks.in_child(_after_fork_in_child)
 
 
 class _Refused(Exception):
@@ -505,10 +523,11 @@ class _Request:
         if isinstance(decision, protocol.Mismatch):
             return _Refused(problem("FINGERPRINT_MISMATCH"), "mismatch")
         if isinstance(decision, protocol.NotReplayable):
-            location = decision.location
+            location = decision.location or ""
+            kept = bool(location) and sendable(("Location", location))
             told = problem(
                 "RESPONSE_NOT_REPLAYABLE",
-                headers=(("Location", location),) if location and _is_uri(location) else (),
+                headers=(("Location", location),) if kept else (),
                 extensions={"original_status": decision.status},
             )
             return _Refused(told, "not_replayable")
@@ -545,15 +564,16 @@ class _Request:
     def _refuse(self, refused: _Refused) -> Iterable[bytes]:
         told = refused.problem
         self.tell(refused.event, code=told.code, exception=refused.__cause__)
-        added = [("Cache-Control", "no-store"), *_should_retry(told.retryable)]
-        if told.retry_after is not None:
-            added.append(("Retry-After", str(told.retry_after)))
         try:
-            app = self.middleware.render_problem(told, self.environ)
+            answer = problems.rendered(self.middleware.render_problem, told, self.environ)
         except Exception:
             logger.exception("render_problem failed on %s; sent as RFC 9457 has it", told.code)
-            app = problems.rfc9457(told, self.environ)
-        return app(self.environ, _adding(self.start_response, added))
+            answer = problems.rendered(problems.rfc9457, told, self.environ)
+        added = [*told.headers, ("Cache-Control", "no-store"), *_should_retry(told.retryable)]
+        if told.retry_after is not None:
+            added.append(("Retry-After", str(told.retry_after)))
+        _adding(self.start_response, added)(answer.status, list(answer.headers))
+        return [answer.body]
 
     def _replay(self, replay: protocol.Replay) -> Iterable[bytes]:
         reason = unsendable(replay.response.status, replay.response.headers)
@@ -971,15 +991,6 @@ def _adding(start_response: StartResponse, added: Headers) -> StartResponse:
         return start_response(status, [*others, *added], exc_info)
 
     return adding
-
-
-def _is_uri(location: str) -> bool:
-    """Whether a stored Location can be sent with a problem, whose response parses it."""
-    try:
-        urlsplit(location)
-    except ValueError:
-        return False
-    return sendable(("Location", location))
 
 
 def _matcher(route: Route) -> Callable[[WSGIEnvironment], bool]:

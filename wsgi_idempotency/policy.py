@@ -221,12 +221,16 @@ class Policy:
 class Route:
     """The policy of some of an application's URLs.
 
+    The first route that matches counts, with all its policy says: a request whose method that
+    policy doesn't protect passes through, whatever the routes after it and the default
+    policy say of it. ``methods`` lets a route pass over a request instead.
+
     :param rule: a :class:`werkzeug.routing.Rule` string, such as ``"/orders/<int:id>/pay"``,
         matched on PATH_INFO.
     :param policy: the policy there; None exempts them.
     :param methods: the methods the route is for; None means all.
-    :raises ConfigurationError: the rule is not one, or the methods and those of the
-        policy have none in common.
+    :raises ConfigurationError: the rule is not one, or among the methods is one that the
+        policy doesn't protect.
     """
 
     rule: str
@@ -244,10 +248,10 @@ class Route:
             return
         methods = frozenset(_names("methods", self.methods, str.upper))
         object.__setattr__(self, "methods", methods)
-        if self.policy is not None and not methods & frozenset(self.policy.methods):
+        if self.policy is not None and (passing := methods - frozenset(self.policy.methods)):
             raise ConfigurationError(
                 f"the route {self.rule} is for {', '.join(sorted(methods))}, of which its policy"
-                " protects none; give the policy the same methods"
+                f" does not protect {', '.join(sorted(passing))}; give the policy the same methods"
             )
 
 

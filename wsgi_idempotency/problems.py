@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.wrappers import Response
 
+from wsgi_idempotency.headers import unsendable
+from wsgi_idempotency.records import StoredResponse
+
 if TYPE_CHECKING:
+    from _typeshed import OptExcInfo
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
 
 #: Where the problem types' URIs start unless a renderer is given another base.
@@ -28,7 +32,7 @@ class Problem:
     :param code: a stable name for programs, such as ``CONFLICT``.
     :param retryable: whether the same request may be sent again.
     :param retry_after: seconds after which to send it again, or None.
-    :param headers: header pairs to send besides.
+    :param headers: header pairs that are sent besides, whatever the renderer does.
     :param extensions: more members for the body.
     """
 
@@ -239,6 +243,34 @@ def _json_response(problem: Problem, members: object, content_type: str) -> Resp
         json.dumps(members, separators=(",", ":")), problem.status, content_type=content_type
     )
     response.headers["Content-Language"] = "en"
-    for name, value in problem.headers:
-        response.headers.add(name, value)
     return response
+
+
+def rendered(render: Renderer, problem: Problem, environ: WSGIEnvironment) -> StoredResponse:
+    """What a renderer's application answers, whole, so that one that fails can be replaced.
+
+    :raises Exception: it failed, or its answer can't be sent.
+    """
+    heads: list[tuple[str, list[tuple[str, str]]]] = []
+    chunks: list[bytes] = []
+
+    def start_response(
+        status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
+    ) -> Callable[[bytes], object]:
+        heads.append((status, headers))
+        return chunks.append
+
+    iterable = render(problem, environ)(environ, start_response)
+    try:
+        chunks.extend(iterable)
+    finally:
+        close = getattr(iterable, "close", None)
+        if close is not None:
+            close()
+    if not heads:
+        raise ValueError("its application did not call start_response")
+    status, headers = heads[-1]
+    reason = unsendable(status, headers)
+    if reason is not None:
+        raise ValueError(reason)
+    return StoredResponse(status, tuple(headers), b"".join(chunks))

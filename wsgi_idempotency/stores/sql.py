@@ -881,7 +881,7 @@ class SQLStore:
                 f"{said}. Is there a PgBouncer in transaction mode without"
                 " max_prepared_statements? Then use SQLStore(url, prepare=False)"
             )
-        if isinstance(exc, self.engine.dialect.loaded_dbapi.DataError) or sqlstate in _TOO_BIG:
+        if isinstance(exc, self.engine.dialect.loaded_dbapi.DataError) or _too_big(exc):
             return NotStorable(said)
         return StoreUnavailable(said)
 
@@ -1105,8 +1105,14 @@ _NO_SCHEMA = frozenset({"42P01", "42703", "3F000"})
 # invalid_sql_statement_name, duplicate_prepared_statement.
 _NOT_PREPARED = frozenset({"26000", "42P05"})
 
-# program_limit_exceeded, and internal_error: "invalid memory alloc request size".
-_TOO_BIG = frozenset({"54000", "XX000"})
+
+def _too_big(exc: Exception) -> bool:
+    """Whether PostgreSQL has no room for a value: program_limit_exceeded, or an internal error
+    of its allocator's, whose text is never translated. Other internal errors say nothing of
+    the value."""
+    sqlstate = sqlstate_of(exc)
+    alloc = sqlstate == "XX000" and str(exc).startswith("invalid memory alloc request size")
+    return sqlstate == "54000" or alloc
 
 
 def _timed_out(exc: BaseException | None) -> bool:
