@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import matrix
 import pytest
 from apps.gate import Gate
 from servers.postgres import (
@@ -150,6 +151,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix", action="store_true", help="print the documentation's tables from this run"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "postgresql: runs on PostgreSQL; set by the fixtures")
 
@@ -169,7 +176,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many tests ran on PostgreSQL, and on which."""
+    """Say how many tests ran on PostgreSQL, and on which; and print the tables asked for."""
+    if terminalreporter.config.getoption("--matrix"):
+        reports = [
+            report
+            for outcome in ("", "passed", "failed", "error")
+            for report in terminalreporter.getreports(outcome)
+        ]
+        for page, lines in matrix.tables(reports).items():
+            terminalreporter.write_line(f"\ndocs/{page}:\n")
+            for line in lines:
+                terminalreporter.write_line(line)
     versions = Counter(
         version
         for outcome in ("passed", "failed", "xfailed", "xpassed")
