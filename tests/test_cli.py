@@ -24,12 +24,17 @@ from sqlalchemy.engine import make_url
 from table import add_rows, count_rows
 
 from wsgi_idempotency import checkup
-from wsgi_idempotency.checkup import Finding, PostgreSQLServer, SQLiteFile, Verdict
+from wsgi_idempotency.checkup import (
+    Finding,
+    PostgreSQLServer,
+    PostgreSQLTable,
+    SQLiteFile,
+    Verdict,
+)
 from wsgi_idempotency.cli import main
 from wsgi_idempotency.schema import connect, upgrade
 from wsgi_idempotency.stores import tables
 from wsgi_idempotency.stores.sql import database_url
-from wsgi_idempotency.stores.tables import idempotency_keys
 
 COMMAND = Path(sys.executable).with_name("wsgi-idempotency")
 
@@ -105,7 +110,8 @@ def set_revision(url: str, revision: str | None) -> None:
 
 def drop_keys(url: str) -> None:
     with connect(url) as connection, connection.begin():
-        idempotency_keys.drop(connection)
+        tables.idempotency_steps.drop(connection)  # it refers to them
+        tables.idempotency_keys.drop(connection)
 
 
 # ---------------------------------------------------------------------- the command as such
@@ -474,12 +480,16 @@ def test_check_finds_another_encoding(
         ("SET UNLOGGED", "table", Verdict.FAIL),
         ("SET (autovacuum_enabled = off)", "table's autovacuum", Verdict.WARNING),
         ("SET (autovacuum_enabled = false)", "table's autovacuum", Verdict.WARNING),
+        ("RESET (fillfactor)", "fillfactor", Verdict.WARNING),
+        ("SET (fillfactor = 30)", "fillfactor", Verdict.OK),
     ],
 )
 def test_check_finds_a_setting_of_the_table(
     sound: str, sound_server: PostgresServer, statement: str, check: str, verdict: Verdict
 ) -> None:
     assert verdicts(sound)[check] is Verdict.OK
+    if statement == "SET UNLOGGED":  # which what refers to it has to be first
+        sound_server.execute("ALTER TABLE idempotency_steps SET UNLOGGED", database_of(sound))
     alter = sql.SQL("ALTER TABLE idempotency_keys " + statement).format()
     sound_server.execute(alter, database_of(sound))
     assert verdicts(sound)[check] is verdict
@@ -627,6 +637,63 @@ def test_a_server_is_judged_by_what_it_says(
     """What a test can't make a real server say."""
     judged = checkup.judge_postgresql_server(replace(SERVER, **change))
     assert {finding.check: finding.verdict for finding in judged}[check] is verdict
+
+
+TABLE = PostgreSQLTable(
+    unlogged=False,
+    autovacuum_off=False,
+    fillfactor=50,
+    dead=100_000,
+    due_at=50_000.0,
+    vacuumed=7200.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "said"),
+    [
+        ({}, Verdict.OK, "100000 dead rows; vacuumed 2 hours ago"),
+        ({"dead": 100_001, "vacuumed": None}, Verdict.WARNING, "100001 dead rows; vacuumed never"),
+        ({"dead": 20_000, "due_at": 50.0}, Verdict.OK, "20000 dead rows; vacuumed 2 hours ago"),
+    ],
+    ids=["keeps up", "lags behind", "few in a small table"],
+)
+def test_autovacuum_lags_when_there_are_twice_as_many_dead_rows_as_begin_one(
+    change: dict[str, Any], verdict: Verdict, said: str
+) -> None:
+    judged = checkup.judge_postgresql_table(replace(TABLE, **change))
+    finding = {finding.check: finding for finding in judged}["autovacuum's lag"]
+    assert (finding.verdict, finding.found) == (verdict, said)
+    assert (finding.advice is None) is (verdict is Verdict.OK)
+
+
+def test_autovacuum_is_due_by_the_table_s_own_settings(
+    sound: str, sound_server: PostgresServer
+) -> None:
+    database = database_of(sound)
+    sound_server.execute(
+        "ALTER TABLE idempotency_keys SET (autovacuum_enabled = off,"
+        " autovacuum_vacuum_scale_factor = 0.5, autovacuum_vacuum_threshold = 7)",
+        database,
+    )
+    add_rows(sound, 100)
+    sound_server.execute("VACUUM ANALYZE idempotency_keys", database)
+    with connect(sound) as connection:
+        table = checkup.read_postgresql_table(connection)
+    assert table is not None
+    assert table.due_at == 57.0
+    assert table.vacuumed is not None
+
+
+@pytest.mark.parametrize(
+    ("pooler", "carried", "verdict"),
+    [(False, True, Verdict.OK), (True, True, Verdict.OK), (True, False, Verdict.WARNING)],
+    ids=["none", "carries prepared statements over", "does not"],
+)
+def test_a_pooler_is_judged_by_what_it_does_with_prepared_statements(
+    pooler: bool, carried: bool, verdict: Verdict
+) -> None:
+    assert checkup.judge_pooler(pooler, carried).verdict is verdict
 
 
 @pytest.mark.parametrize(

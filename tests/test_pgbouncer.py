@@ -30,8 +30,10 @@ from servers.postgres import PostgresServer
 from sqlalchemy.engine import make_url
 
 from wsgi_idempotency import SQLStore
+from wsgi_idempotency.checkup import Verdict, check_database
 from wsgi_idempotency.errors import StoreUnavailable
 from wsgi_idempotency.schema import upgrade
+from wsgi_idempotency.stores.sql import database_url
 from wsgi_idempotency.testing import make_claim
 
 pytestmark = pytest.mark.skipif(find_pgbouncer() is None, reason=MISSING)
@@ -225,3 +227,17 @@ def test_no_statement_is_ever_taken_for_another(
 
         assert sum(at_once(6, client)) > 0
     store.close()
+
+
+def test_check_finds_the_pooler_and_what_it_does_with_prepared_statements(
+    pooler: PgBouncer, direct: str, prepare: bool
+) -> None:
+    url = through(pooler, direct)
+    for _ in range(2):  # the first leaves nothing behind that disturbs the second
+        found = {finding.check: finding for finding in check_database(database_url(url))}
+        assert found["pooler"].verdict is (Verdict.OK if prepare else Verdict.WARNING)
+        assert Verdict.FAIL not in {finding.verdict for finding in found.values()} - {
+            found[name].verdict for name in ("fsync", "full_page_writes")
+        }
+    direct_findings = {finding.check: finding for finding in check_database(database_url(direct))}
+    assert direct_findings["pooler"].found == "none"

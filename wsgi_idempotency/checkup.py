@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import URL, Connection, inspect
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,6 +26,12 @@ CLOCK_TOLERANCE = 60.0
 
 #: Seconds the oldest expired row may lie about before a purge seems to be missing.
 PURGE_TOLERANCE = 24 * 3600.0
+
+#: What the table is made with; revision 0001 has the measurement.
+FILLFACTOR = 50
+
+#: Dead rows that are no lag, however small the table is: autovacuum looks once a minute.
+DEAD_TOLERANCE = 20_000
 
 #: Rows that are counted, for a bar. Reading so many takes a second at the most.
 COUNTED = 100_000
@@ -76,6 +83,24 @@ class PostgreSQLServer:
     encoding: str
     autovacuum: str
     clock_ahead: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostgreSQLTable:
+    """What a PostgreSQL server says of the table of keys.
+
+    :param autovacuum_off: for this table.
+    :param dead: rows that were deleted or replaced and still take up space.
+    :param due_at: how many of them begin an autovacuum (PostgreSQL documentation, 25.1.6).
+    :param vacuumed: seconds since it was last vacuumed, or None.
+    """
+
+    unlogged: bool
+    autovacuum_off: bool
+    fillfactor: int
+    dead: int
+    due_at: float
+    vacuumed: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,13 +257,14 @@ def span(seconds: float) -> str:
 
 def check_postgresql(connection: Connection) -> Iterator[Finding]:
     yield from judge_postgresql_server(read_postgresql_server(connection))
+    yield check_pooler(connection)
     missing = missing_privileges(connection)
     yield judge_privileges(missing)
     if not missing:
         yield from check_schema(connection, made_on_first_use=False)
         table = read_postgresql_table(connection)
         if table is not None:
-            yield from judge_postgresql_table(*table)
+            yield from judge_postgresql_table(table)
 
 
 def read_postgresql_server(connection: Connection) -> PostgreSQLServer:
@@ -359,35 +385,107 @@ def judge_privileges(missing: list[str]) -> Finding:
     )
 
 
-def read_postgresql_table(connection: Connection) -> tuple[bool, bool] | None:
-    """Whether the table is unlogged, and whether its autovacuum is off; None where there is
-    no table."""
+def read_postgresql_table(connection: Connection) -> PostgreSQLTable | None:
+    """What the server says of the table; None where there is none."""
     row = connection.exec_driver_sql(
         """
-        SELECT relpersistence = 'u',
-               EXISTS (SELECT FROM pg_options_to_table(reloptions)
-                       WHERE option_name = 'autovacuum_enabled' AND NOT option_value::bool)
-        FROM pg_class WHERE oid = to_regclass(%s)
+        WITH option AS (
+            SELECT option_name AS name, option_value AS value
+            FROM pg_class, pg_options_to_table(reloptions) WHERE oid = to_regclass(%(table)s)
+        )
+        SELECT relpersistence = 'u' AS unlogged,
+               EXISTS (SELECT FROM option
+                       WHERE name = 'autovacuum_enabled' AND NOT value::bool) AS autovacuum_off,
+               coalesce((SELECT value::int FROM option WHERE name = 'fillfactor'), 100)
+                   AS fillfactor,
+               coalesce(n_dead_tup, 0) AS dead,
+               coalesce((SELECT value FROM option WHERE name = 'autovacuum_vacuum_threshold'),
+                        current_setting('autovacuum_vacuum_threshold'))::float8
+                   + coalesce((SELECT value FROM option
+                               WHERE name = 'autovacuum_vacuum_scale_factor'),
+                              current_setting('autovacuum_vacuum_scale_factor'))::float8
+                     * greatest(reltuples, 0) AS due_at,
+               extract(epoch FROM now() - greatest(last_vacuum, last_autovacuum))::float8
+                   AS vacuumed
+        FROM pg_class LEFT JOIN pg_stat_user_tables ON relid = oid
+        WHERE oid = to_regclass(%(table)s)
         """,
-        (KEYS_TABLE,),
+        {"table": KEYS_TABLE},
     ).one_or_none()
-    return None if row is None else (row[0], row[1])
+    return None if row is None else PostgreSQLTable(**row._asdict())
 
 
-def judge_postgresql_table(unlogged: bool, autovacuum_off: bool) -> Iterator[Finding]:
+def judge_postgresql_table(table: PostgreSQLTable) -> Iterator[Finding]:
     yield judge(
         "table",
-        not unlogged,
-        "unlogged" if unlogged else "logged",
+        not table.unlogged,
+        "unlogged" if table.unlogged else "logged",
         Verdict.FAIL,
         f"A crash of the server would empty it. Run: ALTER TABLE {KEYS_TABLE} SET LOGGED",
     )
     yield judge(
         "table's autovacuum",
-        not autovacuum_off,
-        "off" if autovacuum_off else "as the server's",
+        not table.autovacuum_off,
+        "off" if table.autovacuum_off else "as the server's",
         Verdict.WARNING,
         f"It grows with every purged row. Run: ALTER TABLE {KEYS_TABLE} RESET (autovacuum_enabled)",
+    )
+    yield judge(
+        "fillfactor",
+        table.fillfactor <= FILLFACTOR,
+        str(table.fillfactor),
+        Verdict.WARNING,
+        "Completions leave the claim's page, and both indexes grow."
+        f" Run: ALTER TABLE {KEYS_TABLE} SET (fillfactor = {FILLFACTOR})",
+    )
+    vacuumed = "never" if table.vacuumed is None else f"{span(table.vacuumed)} ago"
+    yield judge(
+        "autovacuum's lag",
+        table.dead <= max(2 * table.due_at, DEAD_TOLERANCE),
+        f"{table.dead} dead rows; vacuumed {vacuumed}",
+        Verdict.WARNING,
+        f"Autovacuum was due at {table.due_at:.0f} and doesn't keep up. Look for transactions that"
+        " never end (pg_stat_activity), give autovacuum more workers or"
+        f" autovacuum_vacuum_cost_limit, and run: VACUUM {KEYS_TABLE}",
+    )
+
+
+def check_pooler(connection: Connection) -> Finding:
+    """See a pooler by its telling another backend's number than the backend does."""
+    driver: Any = connection.connection.driver_connection
+    # In one transaction, which a pooler gives one connection of the server's.
+    with driver.transaction():
+        (backend,) = driver.execute("SELECT pg_backend_pid()", prepare=False).fetchone()
+        if backend == driver.info.backend_pid:
+            return judge_pooler(False, carried=True)
+        mark = f"/* {os.urandom(8).hex()} */"
+        driver.execute(f"SELECT 1 {mark}", prepare=True)
+        (name,) = driver.execute(
+            "SELECT name FROM pg_prepared_statements WHERE statement LIKE %s",
+            (f"%{mark}%",),
+            prepare=False,
+        ).fetchone()
+        carried = name.startswith("PGBOUNCER_")
+        if not carried:
+            driver.execute(f'DEALLOCATE "{name}"', prepare=False)
+    return judge_pooler(True, carried=carried)
+
+
+def judge_pooler(pooler: bool, carried: bool) -> Finding:
+    """Judge what is between us and the server.
+
+    :param carried: prepared statements have names of PgBouncer's, as those have that it
+        carries from connection to connection.
+    """
+    if not pooler:
+        return Finding("pooler", Verdict.OK, "none")
+    return judge(
+        "pooler",
+        carried,
+        "one that carries prepared statements over" if carried else "there is one",
+        Verdict.WARNING,
+        "Fine in session mode. In transaction mode use PgBouncer 1.21 or later and set its"
+        " max_prepared_statements, or use SQLStore(url, prepare=False)",
     )
 
 

@@ -31,7 +31,7 @@ from wsgi_idempotency.resolve_commands import (
 )
 from wsgi_idempotency.scope import printable
 from wsgi_idempotency.stores.inspecting import Inspector, Route
-from wsgi_idempotency.stores.resolving import Details, Resolved, Resolver
+from wsgi_idempotency.stores.resolving import Details, FinishedStep, Resolved, Resolver
 from wsgi_idempotency.stores.sql import shown
 
 if TYPE_CHECKING:
@@ -268,28 +268,37 @@ def show(database: URL, key: str, scope: str | None, body: bool, as_json: bool) 
         else:
             row = the_one(resolver, key, scope)
             decided = resolver.resolutions(row.digest)
-        response = None
+        steps, response = [], None
+        if row is not None:
+            steps = resolver.steps(row.digest)
         if row is not None and row.status is not None:
             response = store.lookup(row.digest)
     if row is None and not decided:
         raise nothing(key, scope)
     if as_json:
-        click.echo(json.dumps(shown_as_dict(row, decided, response, body), indent=2))
+        found = shown_as_dict(row, decided, steps, response, body)
+        click.echo(json.dumps(found, indent=2))
         return
     if row is None:
         click.echo("There is no such operation any more.")
     else:
         click.echo(described(row))
     click.echo()
-    click.echo(timeline(row, decided))
+    click.echo(timeline(row, decided, steps))
     if response is not None and response.status is not None:
         click.echo()
         click.echo(responded(response, body))
 
 
-def timeline(row: Details | None, decided: Iterable[Resolved]) -> str:
+def timeline(
+    row: Details | None, decided: Iterable[Resolved], steps: Iterable[FinishedStep]
+) -> str:
     """What happened, in order. Of attempts before the last the table has only the number."""
     lines = [(one.resolved_at, told(one)) for one in decided]
+    lines += [
+        (step.created_at, f"{moment(step.created_at)} attempt {step.attempt} did step {step.name}")
+        for step in steps
+    ]
     if row is not None:
         lines += [(at, f"{moment(at)} {what}") for at, what in events(row)]
     lines.sort(key=lambda line: line[0])
@@ -366,12 +375,20 @@ def hexadecimal(body: bytes) -> str:
 
 
 def shown_as_dict(
-    row: Details | None, decided: Iterable[Resolved], response: Record | None, whole: bool
+    row: Details | None,
+    decided: Iterable[Resolved],
+    steps: Iterable[FinishedStep],
+    response: Record | None,
+    whole: bool,
 ) -> dict[str, Any]:
     """What ``show --json`` prints."""
     found: dict[str, Any] = {
         "operation": None if row is None else as_dict(row),
         "resolutions": [resolution_as_dict(one) for one in decided],
+        "steps": [
+            {"name": step.name, "attempt": step.attempt, "created_at": moment(step.created_at)}
+            for step in steps
+        ],
     }
     if response is not None:
         found["response"] = {"status": response.status, "headers": response.headers}

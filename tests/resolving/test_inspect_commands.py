@@ -230,6 +230,21 @@ def test_show_tells_what_happened_in_order(
     assert re.fullmatch(f"{moment} released after attempt 1 by ann: no trace of it", history[1])
 
 
+def test_show_tells_which_steps_were_done(store: SQLStore, command: Command) -> None:
+    claim = make_claim()
+    store.claim(claim)
+    for name in ("charge", "ma\x1bil"):
+        assert store.record_step(claim.digest, claim.token, name, "1")
+    history = command("show", "a key").stdout.split("\n\n")[1].splitlines()
+    assert [line.split(" ", 1)[1] for line in history] == [
+        "claimed first",
+        "attempt 1 did step charge",
+        "attempt 1 did step ma\\x1bil",
+    ]
+    steps = json.loads(command("show", "a key", "--json").stdout)["steps"]
+    assert [(step["name"], step["attempt"]) for step in steps] == [("charge", 1), ("ma\x1bil", 1)]
+
+
 @pytest.mark.parametrize(
     ("arrange", "history"),
     [
