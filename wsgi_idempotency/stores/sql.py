@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import sqlalchemy
@@ -376,14 +377,13 @@ class _PostgreSQL:
         self._prepare = prepare
 
     def runner(self, connection: Any) -> _Run:
-        from psycopg import Cursor
-        from psycopg.rows import tuple_row
+        new_cursor = _cursors()
 
         def run(statement: str, params: Mapping[str, Any]) -> _Cursor:
-            # Named, not connection.execute(): an application's engine may have set
-            # other factories on its connections.
-            cursor = Cursor(connection, row_factory=tuple_row)
-            return cursor.execute(statement, params, prepare=self._prepare, binary=True)
+            cursor: Any = new_cursor(connection)
+            return cast(
+                "_Cursor", cursor.execute(statement, params, prepare=self._prepare, binary=True)
+            )
 
         return run
 
@@ -1168,6 +1168,16 @@ def response_params(completion: Completion) -> dict[str, Any]:
 def _lock_of(digest: bytes) -> int:
     """The advisory lock of a key: 64 bits of its digest, as a bigint."""
     return int.from_bytes(digest[:8], "big", signed=True)
+
+
+@cache
+def _cursors() -> Callable[[Any], Any]:
+    """Makes psycopg's own cursors on any connection: an application's engine may have set
+    other factories on its. Found once, and not before a PostgreSQL store is used."""
+    from psycopg import Cursor
+    from psycopg.rows import tuple_row
+
+    return partial(Cursor, row_factory=tuple_row)
 
 
 def _one_trip(driver: Any) -> AbstractContextManager[object]:
