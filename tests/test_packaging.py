@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from sqlalchemy import create_engine, inspect
 
 from wsgi_idempotency.stores.tables import OUR_TABLES, SCHEMA_REVISION
@@ -20,14 +24,20 @@ CHECKOUT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy, so that a stale build/ has no part in it."""
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, so that a stale build/ has no part in what is built."""
     tree = tmp_path_factory.mktemp("tree") / "copy"
     shutil.copytree(
         CHECKOUT,
         tree,
         ignore=shutil.ignore_patterns("build", "dist", "*.egg-info", ".*", "__pycache__"),
     )
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, as pip builds it."""
     made = tmp_path_factory.mktemp("wheel")
     run(
         "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", made,
@@ -35,6 +45,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     (found,) = made.iterdir()
     return found
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The names of the files in the sdist, without the folder that all are in."""
+    made = tmp_path_factory.mktemp("sdist")
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    run("-c", code, made, cwd=tree)
+    (found,) = made.iterdir()
+    with tarfile.open(found) as archive:
+        names = [member.name for member in archive.getmembers() if member.isfile()]
+    return {name.partition("/")[2] for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +82,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*arguments: str | Path, folder: Path | None = None) -> str:
+def run(*arguments: str | Path, folder: Path | None = None, cwd: Path = Path("/")) -> str:
     """Run Python away from the checkout.
 
     :param folder: where it is to find the package, before any other.
+    :param cwd: where it runs.
     """
     # Nor with what measures coverage, which imports much by itself.
     environment = {
@@ -77,7 +100,7 @@ def run(*arguments: str | Path, folder: Path | None = None) -> str:
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        cwd="/",
+        cwd=cwd,
         env=environment,
         text=True,
         check=False,
@@ -95,6 +118,22 @@ def test_every_module_of_the_checkout_is_in_the_wheel_and_no_other(names: set[st
     revisions = python_files(CHECKOUT / "migrations", "wsgi_idempotency/migrations")
     assert any("/versions/0001" in name for name in revisions)
     assert {name for name in names if name.endswith(".py")} == modules | revisions
+
+
+@pytest.mark.parametrize("name", ["docs", "examples", "migrations", "tests", "wsgi_idempotency"])
+def test_every_file_of_the_checkout_is_in_the_sdist(sdist: set[str], tree: Path, name: str) -> None:
+    """Whoever packages it for a distribution runs its tests and builds its documentation."""
+    files = {path.relative_to(tree).as_posix() for path in (tree / name).rglob("*.*")
+             if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
+    assert files
+    assert files - sdist == set()
+
+
+def test_the_sdist_has_nothing_but_the_checkout(sdist: set[str], tree: Path) -> None:
+    made = {"PKG-INFO"} | {name for name in sdist if ".egg-info/" in name}
+    strangers = {name for name in sdist - made if not (tree / name).is_file()}
+    assert strangers == set()
+    assert {"CHANGES.md", "LICENSE", "README.md", "SECURITY.md", "tox.ini"} <= sdist
 
 
 def test_the_wheel_says_that_it_is_typed(names: set[str]) -> None:
@@ -118,6 +157,28 @@ def test_the_wheel_takes_no_name_beside_its_own(names: set[str], metadata: Messa
 def test_the_licence_is_in_the_wheel(names: set[str], metadata: Message) -> None:
     assert metadata["License-Expression"] == "MIT"
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_the_oldest_versions_that_are_tested_are_the_bounds_that_are_declared() -> None:
+    """``tox -e oldest`` tests what setup.cfg promises, no later version."""
+    config = configparser.ConfigParser(interpolation=None)
+    config.read([CHECKOUT / "setup.cfg", CHECKOUT / "tox.ini"])
+    declared = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    lines = [line.partition(";")[0] for lines in declared for line in lines.splitlines()]
+    bounds = dict(re.findall(r"^([\w.\[\]-]+)>=([\d.]+)", "\n".join(lines), re.MULTILINE))
+    pins = dict(
+        re.findall(
+            r"oldest: (\S+)==([\d.]+)", config["testenv:{oldest, py310, py312, py313}"]["deps"]
+        )
+    )
+    needed = "\n".join(
+        [declared[0], *(config["options.extras_require"][extra]
+                        for extra in ("postgresql", "prometheus", "opentelemetry", "demo"))]
+    )  # fmt: skip
+    assert set(re.findall(r"^([\w.\[\]-]+)>=", needed, re.MULTILINE)) <= pins.keys()
+    assert {name: Version(pin) for name, pin in pins.items()} == {
+        name: Version(bounds[name]) for name in pins
+    }
 
 
 @pytest.mark.parametrize(
