@@ -72,6 +72,9 @@ def load(
         with connection.transaction():
             connection.execute("TRUNCATE idempotency_keys CASCADE")
             # Built at the end, an index is sorted once instead of searched for each row.
+            connection.execute(
+                "ALTER TABLE idempotency_steps DROP CONSTRAINT fk_idempotency_steps_key_digest"
+            )
             connection.execute("ALTER TABLE idempotency_keys DROP CONSTRAINT pk_idempotency_keys")
             connection.execute("DROP INDEX ix_idempotency_keys_expires_at")
             connection.execute(
@@ -87,6 +90,11 @@ def load(
             connection.execute(
                 "ALTER TABLE idempotency_keys"
                 " ADD CONSTRAINT pk_idempotency_keys PRIMARY KEY (key_digest)"
+            )
+            connection.execute(
+                "ALTER TABLE idempotency_steps ADD CONSTRAINT fk_idempotency_steps_key_digest"
+                " FOREIGN KEY (key_digest) REFERENCES idempotency_keys (key_digest)"
+                " ON DELETE CASCADE"
             )
             connection.execute(
                 "CREATE INDEX ix_idempotency_keys_expires_at ON idempotency_keys (expires_at)"
