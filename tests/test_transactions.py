@@ -17,13 +17,13 @@ from typing import Any
 
 import psycopg
 import pytest
+from apps.charges import Charge, OpenShop, Shop, charge, charging, opener, session
 from servers.commit_proxy import CommitProxy
 from servers.postgres import PostgresServer
-from sqlalchemy import Connection, Engine, create_engine, make_url, text
+from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from werkzeug.test import Client, TestResponse, create_environ
-from werkzeug.wrappers import Request, Response
+from werkzeug.wrappers import Response
 
 from wsgi_idempotency import (
     HOLD,
@@ -38,80 +38,7 @@ from wsgi_idempotency import (
     store_everything,
 )
 from wsgi_idempotency.errors import ConfigurationError, NoTransaction, TransactionFailed
-from wsgi_idempotency.events import Event
 from wsgi_idempotency.records import Claim, Completion
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Charge(Base):
-    __tablename__ = "charges"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    amount: Mapped[int] = mapped_column(unique=True)
-
-
-@dataclass
-class Shop:
-    """An application in transaction mode, and what a test may look at."""
-
-    url: str
-    store: SQLStore
-    middleware: IdempotencyMiddleware
-    engine: Engine
-    events: list[Event] = field(default_factory=list)
-
-    def post(self, key: str = "k", **options: Any) -> TestResponse:
-        headers = {"Idempotency-Key": key} | options.pop("headers", {})
-        return Client(self.middleware).post("/charges", headers=headers, **options)
-
-    def amounts(self) -> list[int]:
-        """What was charged, as everybody sees it."""
-        with self.engine.connect() as connection:
-            return list(connection.scalars(text("SELECT amount FROM charges ORDER BY id")))
-
-    def rows(self) -> list[dict[str, Any]]:
-        with self.engine.connect() as connection:
-            rows = connection.execute(text("SELECT * FROM idempotency_keys"))
-            return [dict(row) for row in rows.mappings()]
-
-    def told(self, *names: str) -> list[Event]:
-        return [event for event in self.events if event.name in names]
-
-
-OpenShop = Callable[..., Shop]
-
-
-def opener(database: str) -> Iterator[OpenShop]:
-    engine = create_engine(database)
-    Base.metadata.create_all(engine)
-    opened: list[Shop] = []
-
-    def open_(
-        app: Any,
-        *,
-        store_options: dict[str, Any] | None = None,
-        url: str = database,
-        **policy: Any,
-    ) -> Shop:
-        events: list[Event] = []
-        store = SQLStore(url, **(store_options or {}))
-        middleware = IdempotencyMiddleware(
-            app,
-            store,
-            scope=everyone,
-            policy=Policy(transaction=True, **policy),
-            on_event=events.append,
-        )
-        opened.append(Shop(url, store, middleware, engine, events))
-        return opened[-1]
-
-    yield open_
-    for shop in opened:
-        shop.store.close()
-    engine.dispose()
 
 
 @pytest.fixture
@@ -124,24 +51,6 @@ def open_shop(database: str) -> Iterator[OpenShop]:
 def pg_shop(pg_database: str) -> Iterator[OpenShop]:
     """Opens shops on PostgreSQL, for what only a server does."""
     yield from opener(pg_database)
-
-
-def session() -> Session:
-    return Session(bind=current_operation.connection, join_transaction_mode="create_savepoint")
-
-
-def charge(amount: int) -> None:
-    with session() as joined:
-        joined.add(Charge(amount=amount))
-        joined.commit()
-
-
-@Request.application
-def charging(request: Request) -> Response:
-    """Charges, and answers with the status that the request asks for."""
-    charge(int(request.args.get("amount", "1")))
-    status = request.headers.get("X-Status", "201 Made It")
-    return Response(b"charged", status, headers={"X-Attempt": str(current_operation.attempt)})
 
 
 def code(response: TestResponse) -> str:
@@ -1031,7 +940,17 @@ def test_it_adds_no_commit_to_an_application_that_commits_once(
         shop.store.transactions.dispose()
         shop.post("k")
     kinds = [statement.split(None, 1)[0] for statement in fresh]
-    assert kinds == ["BEGIN", "WITH", "SAVEPOINT", "INSERT", "RELEASE", "UPDATE", "COMMIT"]
+    # The last is the session's reset, after the one COMMIT.
+    assert kinds == [
+        "BEGIN",
+        "WITH",
+        "SAVEPOINT",
+        "INSERT",
+        "RELEASE",
+        "UPDATE",
+        "COMMIT",
+        "SELECT",
+    ]
     assert [statement.split(None, 1)[0] for statement in replay] == ["BEGIN", "WITH", "COMMIT"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import threading
 import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 from werkzeug.local import LocalProxy
 
-from wsgi_idempotency.errors import ClaimLost, NoTransaction, StepRefused
+from wsgi_idempotency.errors import ClaimLost, NoTransaction, StepRefused, TransactionFailed
 from wsgi_idempotency.protocol import Action
 from wsgi_idempotency.records import Claim
 from wsgi_idempotency.steps import Steps
@@ -44,6 +45,7 @@ class Operation:
         self._steps = Steps(claim, store, max_step_bytes)
         self._secret = secret
         self._transaction = transaction
+        self._thread = threading.get_ident()
         #: The application has asked for the transaction's connection.
         self.joined = False
         #: The idempotency key, unescaped.
@@ -73,11 +75,19 @@ class Operation:
         as ever; the driver's own is ``connection.connection.driver_connection``.
 
         :raises NoTransaction: the policy has no transaction.
+        :raises TransactionFailed: the operation is over, or this is another thread than its own.
         """
         if self._transaction is None:
             raise NoTransaction(
                 "this operation has no transaction: give its policy transaction=True, or write"
                 " on a connection of your own"
+            )
+        if self.ended:
+            raise TransactionFailed("this operation is over, and its connection is somebody else's")
+        if threading.get_ident() != self._thread:
+            raise TransactionFailed(
+                "this is another thread than the one that runs the operation, and one connection"
+                " is not for two threads: write on a connection of your own"
             )
         self.joined = True
         return self._transaction.connection

@@ -99,7 +99,8 @@ class Policy:
     replay_headers: Collection[str] = ()
     on_store_failure: Literal["refuse", "bypass"] = "refuse"
 
-    #: What ``outcomes`` says of a lapse, recorded with every claim.
+    #: What ``outcomes`` says of a lapse, recorded with every claim. HOLD in a transaction:
+    #: nobody sees such a claim, unless the application has committed it by itself.
     lapse: Lapse = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -175,7 +176,8 @@ class Policy:
         self._set("lease", _seconds("lease", self.lease, 1.0))
         self._set("retention", _seconds("retention", self.retention, self.lease_seconds))
         self._set("wait", _seconds("wait", self.wait, 0.0))
-        self._set("lapse", self._lapse_of_outcomes())
+        lapse = self._lapse_of_outcomes()
+        self._set("lapse", Lapse.HOLD if self.transaction else lapse)
 
     @property
     def lease_seconds(self) -> float:

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 import sqlalchemy
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -347,6 +347,13 @@ class _Cursor(Protocol):
 _Run = Callable[[str, Mapping[str, Any]], _Cursor]
 
 
+# In one string: the simple query protocol takes them in one trip.
+_PG_RESET = (
+    "SELECT pg_advisory_unlock_all(); CLOSE ALL; UNLISTEN *; RESET ALL;"
+    " RESET SESSION AUTHORIZATION; DISCARD TEMP"
+)
+
+
 class _PostgreSQL:
     """The statements as PostgreSQL takes them, on psycopg 3."""
 
@@ -430,6 +437,29 @@ class _PostgreSQL:
             driver.isolation_level = level
         if driver.autocommit:
             driver.autocommit = False
+
+    def refuse_commit(self, driver: Any, refuse: Callable[[], NoReturn]) -> None:
+        """Keep the application from committing the claim without a response."""
+        driver.commit = refuse
+
+    def allow_commit(self, driver: Any) -> None:
+        vars(driver).pop("commit", None)
+
+    def at_rest(self, driver: Any) -> bool:
+        """Whether a statement could be sent now. In the middle of a COPY psycopg would ask
+        libpq for its result again and again, for ever."""
+        from psycopg.pq import PipelineStatus, TransactionStatus
+
+        pgconn = driver.pgconn
+        busy = pgconn.transaction_status == TransactionStatus.ACTIVE
+        return not busy and bool(pgconn.pipeline_status == PipelineStatus.OFF)
+
+    def reset(self, driver: Any) -> None:
+        """Undo, in one trip, what the application has done to the session: settings, session
+        locks, cursors WITH HOLD, temporary tables, LISTEN."""
+        # Not DISCARD ALL: it would drop what psycopg has prepared.
+        driver.autocommit = True
+        driver.execute(_PG_RESET, prepare=False)
 
     def over(self, run: _Run, digest: bytes) -> bool:
         return bool(run(_PG_OVER, {"lock": _lock_of(digest)}).fetchone()[0])
@@ -525,6 +555,18 @@ class _SQLite:
         # What an application writes after a rollback of its own must not commit itself.
         driver.isolation_level = "IMMEDIATE"
         driver.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
+
+    def refuse_commit(self, driver: Any, refuse: Callable[[], NoReturn]) -> None:
+        """sqlite3's own commit() can't be kept from; a claim that it commits is held."""
+
+    def allow_commit(self, driver: Any) -> None:
+        pass
+
+    def at_rest(self, driver: Any) -> bool:
+        return True
+
+    def reset(self, driver: Any) -> None:
+        """There is nothing that would undo PRAGMAs and ATTACH."""
 
     def over(self, run: _Run, digest: bytes) -> bool:
         return True  # there is no server on which it could go on

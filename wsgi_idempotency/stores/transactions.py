@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -45,6 +46,9 @@ logger = logging.getLogger("wsgi_idempotency")
 #: Where a connection has the transaction that the application joins.
 _JOINED = "wsgi_idempotency.transaction"
 
+#: What commits in SQL (PostgreSQL documentation, COMMIT, END, PREPARE TRANSACTION).
+_COMMITS = re.compile(r"\s*(COMMIT|END|PREPARE\s+TRANSACTION)\b", re.IGNORECASE)
+
 # Classes of SQLSTATE that tell of the server, not of what it was asked: connection
 # exceptions, insufficient resources, object not in its state (a lock), operator
 # intervention, system and internal errors.
@@ -68,13 +72,16 @@ class SQLTransaction:
         self._claim = claim
         self._conflict = False
         self._may_have_written = True
+        self._joined = False
         self._over = False
         self.claimed: Claimed | None = None
         self.seen: Record | None = None
         connection.info[_JOINED] = self
+        store._sql.refuse_commit(self._driver, _refuse)
 
     @property
     def connection(self) -> Connection:
+        self._joined = True
         return self._connection
 
     def enter(self, wait: float) -> bool:
@@ -120,12 +127,16 @@ class SQLTransaction:
         try:
             if not (self._connection.closed or self._connection.invalidated):
                 self._connection.info.pop(_JOINED, None)
+                self._store._sql.allow_commit(self._driver)
+                self._require_rest()
                 self._allow(self._store._timeout)
                 if self._may_have_written:
                     self._driver.rollback()
                 else:
                     # Nothing to undo; and at a rollback psycopg drops what it has prepared.
                     self._driver.commit()
+                if self._joined and self._store._given is None:
+                    self._store._sql.reset(self._driver)
         except Exception as exc:
             logger.info("a transaction was left to the server to roll back: %s", exc)
             self._connection.invalidate()
@@ -145,8 +156,18 @@ class SQLTransaction:
             raise TransactionFailed("the application closed its connection")
         if self._connection.invalidated:
             raise ConnectionLost(f"the connection to {self._store!r} was lost")
+        self._require_rest()
         while (savepoint := self._connection.get_nested_transaction()) is not None:
             savepoint.rollback()
+
+    def _require_rest(self) -> None:
+        """:raises TransactionFailed: another statement would be part of what was left open, or
+        would wait for its end, which never comes."""
+        if not self._store._sql.at_rest(self._driver):
+            self._connection.invalidate()
+            raise TransactionFailed(
+                "the application left a COPY, a stream or a pipeline open on the connection"
+            )
 
     def _record(self, completion: Completion) -> bool:
         statements, claim = self._store._sql, self._claim
@@ -156,6 +177,7 @@ class SQLTransaction:
     def _commit(self) -> None:
         try:
             with self._speaking():
+                self._store._sql.allow_commit(self._driver)
                 self._driver.commit()
         except ConnectionLost as exc:
             if not self._committed():
@@ -238,6 +260,7 @@ def watch(engine: Engine, *, begin_immediate: bool) -> None:
     if begin_immediate:
         event.listen(engine, "begin", _begin_immediate)
     event.listen(engine, "commit", _refuse_commit)
+    event.listen(engine, "before_cursor_execute", _refuse_commit_as_text)
     event.listen(engine, "handle_error", _note_conflict)
 
 
@@ -254,11 +277,22 @@ def _joined(connection: Connection | None) -> SQLTransaction | None:
 
 def _refuse_commit(connection: Connection) -> None:
     if _joined(connection) is not None:
-        raise TransactionFailed(
-            "this transaction is committed by IdempotencyMiddleware, together with the response."
-            " To commit a part of it use connection.begin_nested(), or a Session with"
-            ' join_transaction_mode="create_savepoint"'
-        )
+        _refuse()
+
+
+def _refuse_commit_as_text(
+    connection: Connection, cursor: object, statement: str, *_: object
+) -> None:
+    if _COMMITS.match(statement) and _joined(connection) is not None:
+        _refuse()
+
+
+def _refuse() -> NoReturn:
+    raise TransactionFailed(
+        "this transaction is committed by IdempotencyMiddleware, together with the response."
+        " To commit a part of it use connection.begin_nested(), or a Session with"
+        ' join_transaction_mode="create_savepoint", or transaction() of psycopg\'s connection'
+    )
 
 
 def _note_conflict(context: ExceptionContext) -> None:

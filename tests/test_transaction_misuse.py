@@ -1,0 +1,339 @@
+"""What an application must not do with the transaction it joins, and what then happens."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from apps.charges import Charge, OpenShop, charge, charging, opener, session
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import IntegrityError
+from werkzeug.test import Client, TestResponse
+from werkzeug.wrappers import Response
+
+from wsgi_idempotency import current_operation
+from wsgi_idempotency.errors import TransactionFailed
+
+INSERT = "INSERT INTO charges (amount) VALUES (5)"
+
+
+@pytest.fixture
+def open_shop(database: str) -> Iterator[OpenShop]:
+    """Opens shops on one database, PostgreSQL or SQLite."""
+    yield from opener(database)
+
+
+@pytest.fixture
+def pg_shop(pg_database: str) -> Iterator[OpenShop]:
+    """Opens shops on PostgreSQL, for what only a server does."""
+    yield from opener(pg_database)
+
+
+def driver() -> Any:
+    return current_operation.connection.connection.driver_connection
+
+
+def doing(do: Callable[[], object], status: str = "201 Created") -> Any:
+    """An application that does something, and answers as if nothing were the matter."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        do()
+        return Response("done", status)(environ, start_response)
+
+    return app
+
+
+def problem(answer: TestResponse) -> tuple[int, str]:
+    return answer.status_code, json.loads(answer.data)["code"]
+
+
+# ---------------------------------------------------------------------- committing
+
+
+def with_the_driver() -> None:
+    driver().execute(INSERT)
+    driver().commit()
+
+
+def by_leaving_the_driver() -> None:
+    """psycopg's ``with connection:`` commits."""
+    with driver():
+        driver().execute(INSERT)
+
+
+def as_text() -> None:
+    current_operation.connection.execute(text(INSERT))
+    current_operation.connection.execute(text("  commit"))
+
+
+@pytest.mark.parametrize(
+    "commit",
+    [with_the_driver, by_leaving_the_driver, as_text],
+    ids=["commit() of the driver", "the driver's context manager", "COMMIT as text"],
+)
+def test_no_way_to_commit_early_commits(pg_shop: OpenShop, commit: Callable[[], None]) -> None:
+    shop = pg_shop(doing(commit))
+    assert problem(shop.post()) == (500, "TRANSACTION_FAILED")
+    assert (shop.amounts(), shop.rows()) == ([], [])
+
+
+def test_the_driver_may_commit_what_is_no_longer_ours(pg_shop: OpenShop) -> None:
+    """A connection is what it was before, once its transaction is over."""
+    shop = pg_shop(charging, store_options={"max_transactions": 1})
+    for key, status in (("undone", "500"), ("stored", "201")):
+        shop.post(key, headers={"X-Status": status})
+        with shop.store.transactions.connect() as connection:
+            connection.execute(text("SELECT 1"))
+            connection.commit()
+            raw: Any = connection.connection.driver_connection
+            raw.commit()
+    assert shop.amounts() == [1]
+
+
+def commit_behind_our_back() -> None:
+    driver().execute(INSERT)
+    driver().execute("COMMIT")
+
+
+@pytest.mark.parametrize("lapsed", [False, True], ids=["in flight", "lapsed"])
+def test_what_was_committed_behind_our_back_is_never_run_again(
+    open_shop: OpenShop, lapsed: bool
+) -> None:
+    """Nobody can keep a driver from sending COMMIT as a text. The claim is committed with
+    what was written; the handler has failed since, and nobody knows what of it is done."""
+    shop = open_shop(doing(commit_behind_our_back, "500 Oops"))
+    assert shop.post().status_code == 500
+    assert shop.amounts() == [5]
+    if lapsed:
+        hour = "3600" if shop.engine.name == "sqlite" else "interval '1 hour'"
+        earlier = text(f"UPDATE idempotency_keys SET lease_until = lease_until - {hour}")
+        with shop.engine.begin() as connection:
+            connection.execute(earlier)
+    expected = "OUTCOME_UNKNOWN" if lapsed else "CONFLICT"
+    assert problem(shop.post()) == (409, expected)
+    assert shop.amounts() == [5]
+
+
+# ---------------------------------------------------------------------- left open
+
+
+def copy_in() -> None:
+    left.append(driver().cursor())
+    left.append(left[-1].copy("COPY charges (amount) FROM STDIN"))
+    left[-1].__enter__().write_row((5,))
+
+
+def copy_out() -> None:
+    left.append(driver().cursor())
+    left.append(left[-1].copy("COPY (SELECT generate_series(1, 100000)) TO STDOUT"))
+    left[-1].__enter__().read()
+
+
+def stream() -> None:
+    left.append(driver().cursor().stream("SELECT generate_series(1, 100000)"))
+    next(left[-1])
+
+
+def pipeline() -> None:
+    left.append(driver().pipeline())
+    left[-1].__enter__()
+    driver().execute(INSERT)
+
+
+left: list[Any] = []  # so that nothing is closed by being forgotten
+
+
+@pytest.mark.parametrize(
+    "open_", [copy_in, copy_out, stream, pipeline], ids=lambda open_: open_.__name__
+)
+@pytest.mark.parametrize("status", ["201 Created", "500 Oops"])
+def test_what_is_left_open_undoes_everything(
+    pg_shop: OpenShop, caplog: pytest.LogCaptureFixture, open_: Callable[[], None], status: str
+) -> None:
+    """And holds nobody up: not this request, and not the next one in its connection."""
+    shop = pg_shop(doing(open_, status), store_options={"max_transactions": 1})
+    answer = shop.post()
+    if status == "201 Created":
+        assert problem(answer) == (500, "TRANSACTION_FAILED")
+        assert "left a COPY, a stream or a pipeline open" in caplog.text
+    else:
+        assert answer.status_code == 500
+    assert (shop.amounts(), shop.rows()) == ([], [])
+    left.clear()
+    shop.middleware.app = charging
+    assert shop.post().status_code == 201
+    assert shop.amounts() == [1]
+
+
+def test_cursors_left_open_are_no_harm(open_shop: OpenShop) -> None:
+    def reading() -> None:
+        charge(1)
+        left.append(current_operation.connection.execute(text("SELECT * FROM charges")))
+        left.append(driver().cursor())
+        left[-1].execute("SELECT * FROM charges")
+
+    shop = open_shop(doing(reading))
+    assert shop.post().status_code == 201
+    assert shop.amounts() == [1]
+    left.clear()
+
+
+# ---------------------------------------------------------------------- the session's state
+
+CHANGES = (
+    "SET app.tenant = 'alice'",
+    "SET statement_timeout = '7s'",
+    "SET ROLE pg_monitor",
+    "RESET ROLE",
+    "SELECT pg_advisory_lock(7)",
+    "LISTEN news",
+    "CREATE TEMP TABLE scratch (id int)",
+    "DECLARE kept CURSOR WITH HOLD FOR SELECT 1",
+)
+STATE = (
+    "SELECT coalesce(current_setting('app.tenant', true), ''),"
+    " current_setting('statement_timeout'),"
+    " (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 7 AND pid ="
+    " pg_backend_pid()), (SELECT count(*) FROM pg_listening_channels()),"
+    " (SELECT count(*) FROM pg_class WHERE relname = 'scratch'), (SELECT count(*) FROM pg_cursors)"
+)
+CLEAN = ("", "0", 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("status", ["201 Created", "500 Oops"])
+def test_one_request_s_session_is_not_the_next_one_s(pg_shop: OpenShop, status: str) -> None:
+    """Somebody's tenant, role or lock in somebody else's request would be worse than a second
+    charge. Nor does a session lock outlive its request, while the connection is in the pool."""
+    states: list[tuple[Any, ...]] = []
+
+    def changing() -> None:
+        connection = current_operation.connection
+        states.append(tuple(connection.execute(text(STATE)).one()))
+        for change in CHANGES:
+            connection.execute(text(change))
+
+    shop = pg_shop(doing(changing, status), store_options={"max_transactions": 1})
+    for key in ("one", "two"):
+        assert shop.post(key).status_code == int(status[:3])
+        with shop.engine.connect() as other:
+            assert other.scalar(text("SELECT pg_try_advisory_xact_lock(7)"))
+    assert states == [CLEAN, CLEAN]
+
+
+# ---------------------------------------------------------------------- threads, and within
+
+
+def test_another_thread_has_no_part_in_the_transaction(open_shop: OpenShop) -> None:
+    """Two threads on one connection write between each other's savepoints."""
+    refused: list[Exception] = []
+
+    def spawning() -> None:
+        operation = current_operation._get_current_object()  # type: ignore[attr-defined]
+
+        def elsewhere() -> None:
+            try:
+                _ = operation.connection
+            except Exception as exc:
+                refused.append(exc)
+
+        charge(1)
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    shop = open_shop(doing(spawning))
+    assert shop.post().status_code == 201
+    assert shop.amounts() == [1]
+    [said] = refused
+    assert "another thread" in str(said)
+
+
+def test_an_operation_that_is_over_has_no_connection(open_shop: OpenShop) -> None:
+    """Its connection is somebody else's by then."""
+    operations: list[Any] = []
+
+    def keeping() -> None:
+        charge(1)
+        operations.append(current_operation._get_current_object())  # type: ignore[attr-defined]
+
+    shop = open_shop(doing(keeping))
+    assert shop.post().status_code == 201
+    with pytest.raises(TransactionFailed, match="is over"):
+        _ = operations[0].connection
+
+
+def test_a_protected_request_within_another_has_its_own_transaction(pg_shop: OpenShop) -> None:
+    """The inner one is committed, whatever becomes of the outer one; with the outer one's own
+    key it is refused, and nobody waits for himself."""
+    inner: list[TestResponse] = []
+
+    def nesting(environ: Any, start_response: Any) -> Any:
+        if current_operation.key == "outer":
+            for key in ("inner", "outer"):
+                inner.append(
+                    Client(shop.middleware).post("/charges", headers={"Idempotency-Key": key})
+                )
+            charge(1)
+            return Response("sorry", 500)(environ, start_response)
+        charge(2)
+        return Response("done", 201)(environ, start_response)
+
+    shop = pg_shop(nesting, wait=0)
+    assert shop.post("outer").status_code == 500
+    assert [answer.status_code for answer in inner] == [201, 409]
+    assert shop.amounts() == [2]
+
+
+# ---------------------------------------------------------------------- when it is too late
+
+
+def test_what_a_generator_writes_while_it_is_drained_is_in_the_transaction(
+    open_shop: OpenShop,
+) -> None:
+    def streaming(environ: Any, start_response: Any) -> Any:
+        start_response("201 Created", [])
+        for number in (1, 2):
+            charge(number)
+            seen.append(shop.amounts())
+            yield b"%d" % number
+
+    seen: list[list[int]] = []
+    shop = open_shop(streaming)
+    assert shop.post().data == b"12"
+    assert (seen, shop.amounts()) == ([[], []], [1, 2])
+
+
+def test_a_flush_that_fails_at_the_session_s_commit_is_the_application_s_to_answer(
+    open_shop: OpenShop,
+) -> None:
+    def clashing(environ: Any, start_response: Any) -> Any:
+        charge(1)
+        with session() as joined:
+            joined.add(Charge(amount=1))
+            try:
+                joined.commit()
+            except IntegrityError:
+                return Response("twice", 409)(environ, start_response)
+        return Response("done", 201)(environ, start_response)
+
+    shop = open_shop(clashing)
+    assert shop.post().data == b"twice"
+    assert (shop.amounts(), shop.rows()) == ([], [])
+
+
+def test_a_constraint_that_is_checked_last_undoes_everything(pg_shop: OpenShop) -> None:
+    def twice() -> None:
+        connection: Connection = current_operation.connection
+        connection.execute(text(f"{INSERT}, (5)"))
+
+    shop = pg_shop(doing(twice))
+    with shop.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE charges DROP CONSTRAINT charges_amount_key"))
+        connection.execute(
+            text("ALTER TABLE charges ADD UNIQUE (amount) DEFERRABLE INITIALLY DEFERRED")
+        )
+    assert problem(shop.post()) == (500, "TRANSACTION_FAILED")
+    assert (shop.amounts(), shop.rows()) == ([], [])
