@@ -104,6 +104,13 @@ def test_methods_and_replayed_headers_are_taken_in_any_case():
         pytest.param({"wait": -1}, "at least 0 s", id="a negative wait"),
         pytest.param({"wait": True}, "seconds or a timedelta", id="a wait that is True"),
         pytest.param({"outcomes": "store"}, "not callable", id="outcomes by name"),
+        pytest.param({"rebuild": "order"}, "rebuild is not callable", id="a rebuild by name"),
+        pytest.param(
+            {"rebuild": print, "transaction": True},
+            "use one or the other",
+            id="a rebuild of what is never lost",
+        ),
+        pytest.param({"max_step_bytes": 0}, "at least 1", id="no room for a step"),
         pytest.param(
             {"outcomes": lambda outcome: RELEASE if outcome.status >= 500 else STORE},
             "RELEASE or HOLD",

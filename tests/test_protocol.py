@@ -18,6 +18,7 @@ from wsgi_idempotency.protocol import (
     hold_unknown,
     retry_after,
     settle,
+    settle_done,
     store_everything,
     store_success,
 )
@@ -53,6 +54,17 @@ DONE = {"state": State.COMPLETED, "status": "201 Made It", "headers": (("Locatio
             protocol.OutcomeUnknown,
         ),
         ({"past_retention": True, "state": State.HELD}, protocol.OutcomeUnknown),
+        ({"effects": True}, protocol.InFlight),
+        ({"effects": True, "lapsed": True}, protocol.ResponseLost),
+        ({"effects": True, "lapsed": True, "lapse": Lapse.HOLD}, protocol.ResponseLost),
+        ({"effects": True, "state": State.RELEASED}, protocol.ResponseLost),
+        ({"effects": True, "state": State.HELD}, protocol.OutcomeUnknown),
+        ({"effects": True, "lapsed": True, "fingerprint": b"g"}, protocol.Mismatch),
+        ({**DONE, "body": b"", "effects": True}, protocol.Replay),
+        (
+            {"effects": True, "lapsed": True, "lapse": Lapse.HOLD, "past_retention": True},
+            protocol.TakeOver,
+        ),
     ],
 )
 def test_what_a_request_may_do_follows_from_the_row(changes, kind):
@@ -112,6 +124,14 @@ def test_the_handler_overrules_the_policy():
 def test_what_ended_without_a_response_is_held_rather_than_stored():
     assert settle(Outcome(exception=ValueError()), store_success, STORE) is HOLD
     assert settle(Outcome(exception=ValueError()), lambda outcome: STORE) is HOLD
+
+
+@pytest.mark.parametrize(
+    ("action", "done"), [(STORE, STORE), (FORGET, RELEASE), (RELEASE, RELEASE), (HOLD, RELEASE)]
+)
+def test_what_has_committed_effects_is_neither_forgotten_nor_held(action, done):
+    assert settle_done(action) is done
+    assert settle_done(action, action) is (HOLD if action is HOLD else done)
 
 
 def test_an_outcomes_function_has_to_return_an_action():

@@ -56,7 +56,7 @@ from wsgi_idempotency.operation import ENVIRON_KEY, Operation, running
 from wsgi_idempotency.policy import Policy, Route
 from wsgi_idempotency.problems import Problem, Renderer, problem
 from wsgi_idempotency.protocol import Action, Outcome
-from wsgi_idempotency.records import Claim, Claimed, Completion, Record
+from wsgi_idempotency.records import Claim, Claimed, Completion, Record, StoredResponse
 from wsgi_idempotency.stores import open_store
 from wsgi_idempotency.stores.base import AsynchronousStore, TransactionalStore
 
@@ -253,6 +253,7 @@ class _Request:
         # Whether a statement for the claim may be on its way still, and what undoes it.
         self._doubtful = False
         self._undo = middleware.store.forget
+        self._rebuilds = False  # the operation is done, and its response is to be made
         # For observers alone.
         self._attempt: int | None = None
         self._store_seconds: float | None = None
@@ -291,7 +292,8 @@ class _Request:
         )
         if transaction is not None:
             return _Transacted(self, operation, transaction).run()
-        return _Execution(self, claim, operation).run()
+        execution = _Rebuild if self._rebuilds else _Execution
+        return execution(self, claim, operation).run()
 
     # ------------------------------------------------------------ what the request says
 
@@ -399,12 +401,15 @@ class _Request:
                 decision = protocol.decide(answer, self._fingerprint_like(answer, claim))
                 if isinstance(decision, protocol.Replay):
                     return claim, decision
-                if isinstance(decision, protocol.TakeOver):
+                rebuilds = isinstance(decision, protocol.ResponseLost) and self.policy.rebuild
+                if isinstance(decision, protocol.TakeOver) or rebuilds:
                     claim = _succeeding(claim, answer)
                     self._undo = store.release
-                    taken = self._claim(store.take_over, claim, decision.seen)
+                    taken = self._claim(store.take_over, claim, answer)
                     if taken is not None:
-                        self._tell_taken_over(answer, taken)
+                        self._rebuilds = bool(rebuilds)
+                        if not rebuilds:
+                            self._tell_taken_over(answer, taken)
                         return claim, taken
                     self._lose_a_race()
                 elif isinstance(decision, protocol.InFlight) and wait.a_little():
@@ -522,6 +527,8 @@ class _Request:
             return _Refused(problem("CONFLICT", retry_after=seconds), "conflict")
         if isinstance(decision, protocol.Mismatch):
             return _Refused(problem("FINGERPRINT_MISMATCH"), "mismatch")
+        if isinstance(decision, protocol.ResponseLost):
+            decision = protocol.NotReplayable(None, None, "the response was not recorded")
         if isinstance(decision, protocol.NotReplayable):
             location = decision.location or ""
             kept = bool(location) and sendable(("Location", location))
@@ -558,8 +565,10 @@ class _Request:
         marked = _adding(self.start_response, [("Idempotency-Status", "unprotected")])
         return self.middleware.app(self.environ, marked)
 
-    def refuse(self, code: str, *, retry_after: int | None = None) -> Iterable[bytes]:
-        return self._refuse(_Refused(problem(code, retry_after=retry_after)))
+    def refuse(
+        self, code: str, *, retry_after: int | None = None, event: str = "refused"
+    ) -> Iterable[bytes]:
+        return self._refuse(_Refused(problem(code, retry_after=retry_after), event))
 
     def _refuse(self, refused: _Refused) -> Iterable[bytes]:
         told = refused.problem
@@ -591,6 +600,12 @@ class _Request:
         if status >= 500 or status in _RETRIED_BY_SDKS:
             extra += _should_retry(False)
         return play(replay.response, extra, self.environ, self.start_response)
+
+    def replay_recorded(self, whole: Whole) -> Iterable[bytes]:
+        """A response that was recorded this moment, as every later retry gets it."""
+        recorded = self.completion(whole.status, whole.headers, whole.body, None)
+        response = StoredResponse(recorded.status, recorded.headers, whole.body)
+        return self._replay(protocol.Replay(response))
 
     def respond(self, whole: Whole) -> Iterable[bytes]:
         self.start_response(whole.status, whole.headers)
@@ -716,7 +731,8 @@ class _Execution:
         try:
             self._heartbeat.start(self._claim, self._operation)
         except BaseException:
-            undo = self._store.forget if self._operation.attempt == 1 else self._store.release
+            first = self._operation.attempt == 1 and not isinstance(self, _Rebuild)
+            undo = self._store.forget if first else self._store.release
             with suppress(Exception):
                 undo(self._claim.digest, self._claim.token)
             raise
@@ -749,7 +765,20 @@ class _Execution:
             self._end(self._at_the_end)
 
     def _action(self, outcome: Outcome) -> Action:
-        return self._request.action(outcome, self._operation)
+        action = self._request.action(outcome, self._operation)
+        if action is Action.STORE or not (self._operation.marked and self._effects()):
+            return action
+        return protocol.settle_done(action, self._operation.overrule)
+
+    def _effects(self) -> bool:
+        """Whether what was marked has been committed. Where it can't be told it may have been:
+        the mark itself then keeps the row from being run again, if it is there."""
+        try:
+            record = self._request.ask(self._store.lookup, self._claim.digest)
+        except Exception as exc:
+            logger.warning("whether %r has effects can't be told: %s", self._operation, exc)
+            return False
+        return record is not None and record.token == self._claim.token and record.effects
 
     def _record(self, status: str, headers: Headers, body: bytes, reason: str | None) -> bool:
         completion = self._request.completion(status, headers, body, reason)
@@ -771,7 +800,14 @@ class _Execution:
             Action.RELEASE: self._store.release,
             Action.HOLD: self._store.hold,
         }
-        self._finish(action, lambda: ends[action](self._claim.digest, self._claim.token))
+        digest, token = self._claim.digest, self._claim.token
+
+        def end() -> bool:
+            # One that may have effects is forgotten only if it has none.
+            left = self._operation.marked and action is Action.FORGET
+            return ends[action](digest, token) or (left and self._store.release(digest, token))
+
+        self._finish(action, end)
 
     def _finish(self, action: Action, tell_store: Callable[[], bool]) -> bool:
         """Tell the store, now or later; False when the claim was lost.
@@ -789,7 +825,7 @@ class _Execution:
             return kept
 
         seconds = time.monotonic() - self._started
-        self._operation.ended = True
+        self._operation.end()
         self._heartbeat.finishing(self._claim)
         try:
             kept = self._request.ask(finish)
@@ -804,10 +840,48 @@ class _Execution:
         if not kept:
             self._operation.lost = True
             self._request.tell("fenced", attempt=self._operation.attempt)
+        self._tell(action, seconds)
+        return kept
+
+    def _tell(self, action: Action, seconds: float) -> None:
         self._request.tell(
             "executed", attempt=self._operation.attempt, action=action.value, seconds=seconds
         )
-        return kept
+
+
+class _Rebuild(_Execution):
+    """Makes the response of an operation that is done, and records it. The handler doesn't
+    run."""
+
+    def run(self) -> Iterable[bytes]:
+        request = self._request
+        capture = request.capture(self._operation)
+        self._begin()
+        try:
+            answer = capture.run(self._app, request.environ)
+            assert isinstance(answer, Whole)
+            status = int(answer.status[:3])
+            if status >= 500 or status in protocol.NEVER_AN_OUTCOME:
+                raise RuntimeError(f"rebuild answered {answer.status}")
+        except BaseException as exc:
+            self._end(Action.RELEASE)
+            if not isinstance(exc, Exception):
+                raise
+            logger.exception(
+                "the response of %r can't be rebuilt; the next retry tries again", self._operation
+            )
+            return request.refuse("REBUILD_FAILED", event="not_replayable")
+        reason = _not_replayable(answer)
+        if not self._record(answer.status, answer.headers, answer.body, reason):
+            return request.winner(self._claim)
+        return request.respond(answer) if reason else request.replay_recorded(answer)
+
+    def _app(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        rebuild = cast("Callable[[Operation], WSGIApplication]", self._request.policy.rebuild)
+        return rebuild(self._operation)(environ, start_response)
+
+    def _tell(self, action: Action, seconds: float) -> None:
+        """No handler has run."""
 
 
 class _Transacted:
@@ -850,7 +924,7 @@ class _Transacted:
         completion = self._request.completion(
             whole.status, whole.headers, whole.body, _not_replayable(whole)
         )
-        self._operation.ended = True
+        self._operation.end()
         seconds = self._seconds()
         try:
             self._request.ask(self._transaction.complete, completion)
@@ -871,7 +945,7 @@ class _Transacted:
         """Whatever the policy says of it, nothing happened: the key is fresh."""
         if os.getpid() != self._pid:
             return
-        self._operation.ended = True
+        self._operation.end()
         seconds = self._seconds()
         self._request.ask(self._transaction.rollback)
         self._tell(Action.FORGET, seconds)

@@ -8,15 +8,21 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from werkzeug.local import LocalProxy
 
-from wsgi_idempotency.errors import ClaimLost, NoTransaction, StepRefused, TransactionFailed
+from wsgi_idempotency.errors import (
+    ClaimLost,
+    GuardRefused,
+    NoTransaction,
+    StepRefused,
+    TransactionFailed,
+)
 from wsgi_idempotency.protocol import Action
 from wsgi_idempotency.records import Claim
 from wsgi_idempotency.steps import Steps
-from wsgi_idempotency.stores.base import Store, Transaction
+from wsgi_idempotency.stores.base import Guard, GuardingStore, Store, Transaction
 
 _T = TypeVar("_T")
 
@@ -42,6 +48,8 @@ class Operation:
         max_step_bytes: int = 0,
     ) -> None:
         self._claim = claim
+        self._store = store
+        self._guards: list[Guard] = []
         self._steps = Steps(claim, store, max_step_bytes)
         self._secret = secret
         self._transaction = transaction
@@ -132,6 +140,50 @@ class Operation:
             raise ClaimLost(f"step {name!r} was not run: its claim is lost, somebody else has it")
         result: _T = self._steps.run(name, function)
         return result
+
+    def guard(self, session: Any) -> None:
+        """Fence off what a session commits, and mark the operation as done with it.
+
+        For an application that commits by itself on the database where the keys are. Each
+        transaction that the session commits from now on, until the operation ends, also marks
+        the operation's row, or is rolled back if somebody else has taken the operation over.
+        From its first commit on the operation is done: whatever becomes of the response, no
+        retry runs the handler again. One that finds no response gets what the policy's
+        ``rebuild`` makes, or 409 ``RESPONSE_NOT_REPLAYABLE``. A transaction that has written
+        nothing is left alone.
+
+        :param session: a :class:`sqlalchemy.orm.Session` or ``scoped_session``, or a
+            :class:`sqlalchemy.Connection`; also in the middle of a transaction.
+        :raises GuardRefused: it is something else, the policy has ``transaction=True``, which
+            commits by itself, the store is not PostgreSQL or SQLite, or the operation has ended.
+            From the session's ``commit()``: its database is not the store's, or it is in
+            autocommit.
+        :raises ClaimLost: from the session's ``commit()``: somebody else has taken the operation
+            over, and everything that this transaction wrote is rolled back.
+        """
+        if self._transaction is not None:
+            raise GuardRefused(
+                "the policy has transaction=True, which fences and commits by itself; write on"
+                " operation.connection, or use a policy without it"
+            )
+        if not callable(getattr(self._store, "guard", None)):
+            raise GuardRefused(
+                "the store has no database that a session could commit in; use PostgreSQL or SQLite"
+            )
+        if self.ended:
+            raise GuardRefused("the operation has ended: there is nothing to guard any more")
+        self._guards.append(cast("GuardingStore", self._store).guard(session, self._claim))
+
+    @property
+    def marked(self) -> bool:
+        """A guarded transaction has been marked: the operation's effects may be committed."""
+        return any(guard.marked for guard in self._guards)
+
+    def end(self) -> None:
+        """Its outcome is about to be settled: sessions are guarded no longer."""
+        self.ended = True
+        for guard in self._guards:
+            guard.remove()
 
     def derive_key(self, name: str) -> str:
         """A key for a call to another system: the same on every attempt at this operation,

@@ -16,7 +16,9 @@ from wsgi_idempotency.protocol import Action, Outcome, Outcomes, store_success
 from wsgi_idempotency.records import Lapse
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
+    from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+
+    from wsgi_idempotency.operation import Operation
 
 Seconds = float | timedelta
 KeyCallable = Callable[["WSGIEnvironment", bytes], "str | None"]
@@ -72,6 +74,10 @@ class Policy:
         but not replayable.
     :param max_step_bytes: the largest result of a step, in bytes of JSON; a larger one is an
         error, raised once the step's function has run.
+    :param rebuild: makes the response of an operation whose guarded effects are committed and
+        whose response was lost: ``(operation) -> WSGI application``, such as a response of
+        werkzeug's or Flask's. What it answers is recorded and replayed. None refuses such a retry
+        with 409 ``RESPONSE_NOT_REPLAYABLE``.
     :param replay_headers: names of fields that are replayed although filtered by
         default, such as ``Set-Cookie``.
     :param on_store_failure: what happens when the store can't be reached before the
@@ -96,6 +102,7 @@ class Policy:
     max_request_bytes: int = 16 * 1024 * 1024
     max_response_bytes: int = 4 * 1024 * 1024
     max_step_bytes: int = 64 * 1024  # what a later step needs to know, not a document
+    rebuild: Callable[[Operation], WSGIApplication] | None = None
     replay_headers: Collection[str] = ()
     on_store_failure: Literal["refuse", "bypass"] = "refuse"
 
@@ -124,6 +131,15 @@ class Policy:
             raise ConfigurationError(
                 f"scope is {self.scope!r}, which can't be called; use by_authorization or"
                 " (environ) -> str"
+            )
+        if self.rebuild is not None and not callable(self.rebuild):
+            raise ConfigurationError(
+                "rebuild is not callable; use (operation) -> WSGI application, or None"
+            )
+        if self.rebuild is not None and self.transaction:
+            raise ConfigurationError(
+                "rebuild makes lost responses, and with transaction=True none is lost: use one or"
+                " the other"
             )
         if self.fingerprint is not None and not callable(self.fingerprint):
             raise ConfigurationError("fingerprint is not callable; use exact, canonical or None")

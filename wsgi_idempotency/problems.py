@@ -151,6 +151,13 @@ _KINDS = {
         "The request could not be completed and was undone: nothing happened. The service's"
         " operator has been told; sending it again will not help until it is fixed.",
     ),
+    "REBUILD_FAILED": _Kind(
+        500,
+        "Response could not be made again",
+        "The operation is done, and its response was lost and could not be made again. It will not"
+        " be run again: send the request again later to get its response.",
+        True,
+    ),
     "COMMIT_UNKNOWN": _Kind(
         503,
         "Commit unknown",

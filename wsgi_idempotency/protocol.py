@@ -14,8 +14,10 @@ its own clock, in the statement that fetched it.
     completed, with a body                    Replay
     completed, without one                    NotReplayable
     held                                      OutcomeUnknown
+    released, effects committed               ResponseLost
     released                                  TakeOver
     claimed, lease running                    InFlight
+    claimed, lapsed, effects committed        ResponseLost
     claimed, lapsed, lapse is HOLD            OutcomeUnknown
     claimed, lapsed, lapse is RELEASE         TakeOver
 """
@@ -126,6 +128,18 @@ def settle(outcome: Outcome, outcomes: Outcomes, overrule: Action | None = None)
     return HOLD if action is STORE and outcome.status is None else action
 
 
+def settle_done(action: Action, overrule: Action | None = None) -> Action:
+    """What becomes of a claim whose effects are committed, where :func:`settle` said ``action``.
+
+    It has happened, however its handler ended, and nobody need find out: it is not forgotten,
+    and held only where the handler itself asked for that. A row that is released with its
+    effects marked is done, and its response lost.
+    """
+    if action is FORGET or (action is HOLD and overrule is not HOLD):
+        return RELEASE
+    return action
+
+
 @dataclass(frozen=True, slots=True)
 class Replay:
     """The operation is done; answer with its response."""
@@ -172,11 +186,21 @@ class TakeOver:
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseLost:
+    """The operation is done, and its response was not recorded: the handler must not run.
+
+    :param seen: the row; who makes a response claims it by compare-and-swap.
+    """
+
+    seen: Record
+
+
+@dataclass(frozen=True, slots=True)
 class OutcomeUnknown:
     """Nobody knows what came of it, and the policy says not to try."""
 
 
-Decision = Replay | NotReplayable | InFlight | Mismatch | TakeOver | OutcomeUnknown
+Decision = Replay | NotReplayable | InFlight | Mismatch | TakeOver | ResponseLost | OutcomeUnknown
 
 
 def decide(record: Record, fingerprint: bytes) -> Decision:
@@ -194,9 +218,11 @@ def decide(record: Record, fingerprint: bytes) -> Decision:
     if record.state is State.HELD:
         return OutcomeUnknown()
     if record.state is State.RELEASED:
-        return TakeOver(record)
+        return ResponseLost(record) if record.effects else TakeOver(record)
     if not record.lapsed:
         return InFlight(record.age, record.lease_left)
+    if record.effects:
+        return ResponseLost(record)
     return OutcomeUnknown() if record.lapse is Lapse.HOLD else TakeOver(record)
 
 

@@ -185,6 +185,7 @@ POLICY: dict[str, Reader] = {
     "max_request_bytes": _size,
     "max_response_bytes": _size,
     "max_step_bytes": _size,
+    "rebuild": load,
     "replay_headers": _words,
     "on_store_failure": _literally,
 }

@@ -42,6 +42,7 @@ listen_addresses = '127.0.0.1'
 port = {port}
 unix_socket_directories = '{folder}'
 max_connections = 200
+max_prepared_transactions = 10
 fsync = {durable}
 full_page_writes = {durable}
 log_line_prefix = '%m [%p] <%d> '

@@ -159,6 +159,33 @@ class StepStore(Store, Protocol):
         """
 
 
+class Guard(Protocol):
+    """What watches an application's own transactions for one operation."""
+
+    #: A transaction has been marked; whether it was committed, the row says.
+    marked: bool
+
+    def remove(self) -> None:
+        """Watch no longer."""
+
+
+@runtime_checkable
+class GuardingStore(Store, Protocol):
+    """The optional ability to fence and to mark the transactions that an application commits
+    by itself on the store's database.
+
+    Needed for :meth:`Operation.guard <wsgi_idempotency.Operation.guard>`. A row whose effects
+    are marked is done: :meth:`Store.forget` leaves it, and whoever takes it over only makes its
+    response.
+    """
+
+    def guard(self, target: Any, claim: Claim) -> Guard:
+        """Watch what the application hands over, until it is told not to.
+
+        :raises GuardRefused: it can't be guarded.
+        """
+
+
 class Transaction(Protocol):
     """A transaction of the store's database, in which the application writes too.
 

@@ -70,6 +70,8 @@ class Details:
     :param status: the status line of a completed operation, or None.
     :param body_bytes: the size of its stored body, or None.
     :param not_replayable: why it has none, or None.
+    :param effects: the application has committed what it wrote under a guard: the operation is
+        done, whether or not its response is recorded.
     """
 
     digest: bytes
@@ -92,11 +94,13 @@ class Details:
     status: str | None
     body_bytes: int | None
     not_replayable: str | None
+    effects: bool = False
 
     @property
     def held(self) -> bool:
         """Whether retries are told OUTCOME_UNKNOWN: held, or lapsed where a lapse holds."""
-        return self.state is State.HELD or (self.lapsed and self.lapse is Lapse.HOLD)
+        lapsed = self.lapsed and self.lapse is Lapse.HOLD and not self.effects
+        return self.state is State.HELD or lapsed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,11 +190,14 @@ UPDATE idempotency_keys SET
 WHERE {resolvable}"""
 
 # Answered with OUTCOME_UNKNOWN.
-_HELD = "(state = 'held' OR (state = 'claimed' AND lapse = 'hold' AND lease_until <= {now}))"
+_HELD = """(state = 'held'
+    OR (state = 'claimed' AND lapse = 'hold' AND lease_until <= {now} AND effects_at IS NULL))"""
 
-# Its worker is gone, or paused. One that counts as absent is nobody's business any more.
+# Its worker is gone, or paused. One that counts as absent is nobody's business any more, nor is
+# one whose effects are committed: what became of it is known.
 _LAPSED = """
-    (state = 'claimed' AND lease_until <= {now} AND (lapse = 'hold' OR expires_at > {now}))"""
+    (state = 'claimed' AND lease_until <= {now} AND (lapse = 'hold' OR expires_at > {now})
+     AND effects_at IS NULL)"""
 
 # What a reconciler looks at. lease_until of a held row is the moment not to look before.
 _DUE = f"""
@@ -224,7 +231,7 @@ def _columns(epoch: str, now: str, size: str) -> str:
         state = 'claimed' AND lease_until <= {now}, expires_at <= {now}, attempt,
         scope, idempotency_key, method, path, {epoch.format(now)},
         {", ".join(epoch.format(moment) for moment in moments)},
-        response_status, {size}(response_body), not_replayable"""
+        response_status, {size}(response_body), not_replayable, effects_at IS NOT NULL"""
 
 
 # ---------------------------------------------------------------------- PostgreSQL
@@ -650,7 +657,7 @@ def _details(row: tuple[Any, ...]) -> Details:
     (
         digest, token, state, lapse, lapsed, past_retention, attempt, scope, key, method, path,
         now, created_at, lease_until, expires_at, completed_at, status, body_bytes,
-        not_replayable,
+        not_replayable, effects,
     ) = row  # fmt: skip
     try:
         return Details(
@@ -674,6 +681,7 @@ def _details(row: tuple[Any, ...]) -> Details:
             status=status,
             body_bytes=body_bytes,
             not_replayable=not_replayable,
+            effects=bool(effects),
         )
     except (TypeError, ValueError) as exc:
         raise CorruptRecord(f"the row of digest {digest!r} makes no sense: {exc}") from exc

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import PoolProxiedConnection
 
+    from wsgi_idempotency.stores.guards import Guard
     from wsgi_idempotency.stores.transactions import SQLTransaction
 
 logger = logging.getLogger("wsgi_idempotency")
@@ -191,15 +192,31 @@ WHERE key_digest = %(digest)s AND claim_token = %(token)s
 
 # A row that was held in its worker's absence stays held, since a renewal may also come after
 # the worker's own HOLD; its worker still has it, and a reconciler is to look no sooner.
+# A row that is locked is skipped, so that one transaction of an application's that has its own
+# claim's row locked (see guards.py), or waits in COMMIT, doesn't keep all others from being
+# renewed. It counts as held still: nobody takes over what is locked. Whoever has lost its
+# claim between this statement's snapshot and its lock finds out with the next renewal.
+# Index: pk_idempotency_keys.
 _PG_RENEW = """
-UPDATE idempotency_keys AS row SET lease_until = greatest(
-    now() + make_interval(secs => mine.lease),
-    CASE row.state WHEN 'held' THEN row.lease_until END)
-FROM unnest(%(digests)s::bytea[], %(tokens)s::bytea[], %(leases)s::float8[])
-     AS mine (digest, token, lease)
-WHERE row.key_digest = mine.digest AND row.claim_token = mine.token
-  AND row.state IN ('claimed', 'held')
-RETURNING row.claim_token"""
+WITH mine AS (
+    SELECT * FROM unnest(%(digests)s::bytea[], %(tokens)s::bytea[], %(leases)s::float8[])
+        AS mine (digest, token, lease)
+), free AS (
+    SELECT row.key_digest, row.claim_token, mine.lease
+    FROM idempotency_keys AS row
+    JOIN mine ON row.key_digest = mine.digest AND row.claim_token = mine.token
+    WHERE row.state IN ('claimed', 'held')
+    FOR NO KEY UPDATE OF row SKIP LOCKED
+), renewed AS (
+    UPDATE idempotency_keys AS row SET lease_until = greatest(
+        now() + make_interval(secs => free.lease),
+        CASE row.state WHEN 'held' THEN row.lease_until END)
+    FROM free
+    WHERE row.key_digest = free.key_digest AND row.claim_token = free.claim_token
+)
+SELECT row.claim_token FROM idempotency_keys AS row
+JOIN mine ON row.key_digest = mine.digest AND row.claim_token = mine.token
+WHERE row.state IN ('claimed', 'held')"""
 
 # One batch, one transaction. Rows another purge or a take-over has locked are skipped,
 # so nobody waits for anybody and no row is counted twice; the rows found are locked
@@ -782,6 +799,11 @@ class SQLStore:
     def record_step(self, digest: bytes, token: bytes, name: str, result: str) -> bool:
         params = {"digest": digest, "token": token, "name": name, "result": result}
         return self._call(lambda run: self._sql.record_step(run, params))
+
+    def guard(self, target: Any, claim: Claim) -> Guard:
+        from wsgi_idempotency.stores.guards import Guard
+
+        return Guard(self, claim, target)
 
     # ------------------------------------------------------------------ transactions
 
