@@ -253,7 +253,7 @@ class _Request:
         # Whether a statement for the claim may be on its way still, and what undoes it.
         self._doubtful = False
         self._undo = middleware.store.forget
-        self._rebuilds = False  # the operation is done, and its response is to be made
+        self.rebuilds = False  # the operation is done, and its response is to be made
         # For observers alone.
         self._attempt: int | None = None
         self._store_seconds: float | None = None
@@ -292,7 +292,7 @@ class _Request:
         )
         if transaction is not None:
             return _Transacted(self, operation, transaction).run()
-        execution = _Rebuild if self._rebuilds else _Execution
+        execution = _Rebuild if self.rebuilds else _Execution
         return execution(self, claim, operation).run()
 
     # ------------------------------------------------------------ what the request says
@@ -407,7 +407,7 @@ class _Request:
                     self._undo = store.release
                     taken = self._claim(store.take_over, claim, answer)
                     if taken is not None:
-                        self._rebuilds = bool(rebuilds)
+                        self.rebuilds = bool(rebuilds)
                         if not rebuilds:
                             self._tell_taken_over(answer, taken)
                         return claim, taken
@@ -731,7 +731,7 @@ class _Execution:
         try:
             self._heartbeat.start(self._claim, self._operation)
         except BaseException:
-            first = self._operation.attempt == 1 and not isinstance(self, _Rebuild)
+            first = self._operation.attempt == 1 and not self._request.rebuilds
             undo = self._store.forget if first else self._store.release
             with suppress(Exception):
                 undo(self._claim.digest, self._claim.token)
