@@ -123,6 +123,7 @@ def gate() -> Iterator[Gate]:
 
 #: Files whose tests stay in one worker of pytest-xdist, as they share what takes long to start.
 TOGETHER = {
+    "test_clients.py",
     "test_crash_points.py",
     "test_frameworks.py",
     "test_http_servers.py",

@@ -184,15 +184,20 @@ def waitress(application: WSGIApplication, *, threads: int = 8) -> Iterator[Addr
 
     server = create_server(application, host="127.0.0.1", port=0, threads=threads)
 
-    def close() -> None:
-        server.task_dispatcher.shutdown()
-        # close_all() closes the sockets alone, not what is buffered for them on disk.
-        for channel in list(server.active_channels.values()):
-            channel.handle_close()
-        wasyncore.close_all(server._map)
+    served: dict[int, object] = {}
 
-    with running(server.run, lambda: server.trigger.pull_trigger(close)):
+    def end() -> None:
+        # Closed is later: what pulls the trigger may not be done with it.
+        served.update(server._map)
+        server._map.clear()
+
+    with running(server.run, lambda: server.trigger.pull_trigger(end)):
         yield "127.0.0.1", server.effective_port
+    server.task_dispatcher.shutdown()
+    # close_all() closes the sockets alone, not what is buffered for them on disk.
+    for channel in list(server.active_channels.values()):
+        channel.handle_close()
+    wasyncore.close_all(served)
 
 
 @contextmanager
