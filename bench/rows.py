@@ -28,6 +28,11 @@ _SETTINGS = {
     "autovacuum": "off",
 }
 
+# The foreign keys of other tables, which go with the primary key.
+_REFERENCES = """
+SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint
+WHERE confrelid = 'idempotency_keys'::regclass AND contype = 'f'"""
+
 # Digests in no order, as real ones are: neighbours in the table are far apart in the index.
 _INSERT = """
 INSERT INTO idempotency_keys (
@@ -72,10 +77,10 @@ def load(
         with connection.transaction():
             connection.execute("TRUNCATE idempotency_keys CASCADE")
             # Built at the end, an index is sorted once instead of searched for each row.
+            references = connection.execute(_REFERENCES).fetchall()
             connection.execute(
-                "ALTER TABLE idempotency_steps DROP CONSTRAINT fk_idempotency_steps_key_digest"
+                "ALTER TABLE idempotency_keys DROP CONSTRAINT pk_idempotency_keys CASCADE"
             )
-            connection.execute("ALTER TABLE idempotency_keys DROP CONSTRAINT pk_idempotency_keys")
             connection.execute("DROP INDEX ix_idempotency_keys_expires_at")
             connection.execute(
                 sql.SQL(_INSERT).format(
@@ -92,13 +97,14 @@ def load(
                 " ADD CONSTRAINT pk_idempotency_keys PRIMARY KEY (key_digest)"
             )
             connection.execute(
-                "ALTER TABLE idempotency_steps ADD CONSTRAINT fk_idempotency_steps_key_digest"
-                " FOREIGN KEY (key_digest) REFERENCES idempotency_keys (key_digest)"
-                " ON DELETE CASCADE"
-            )
-            connection.execute(
                 "CREATE INDEX ix_idempotency_keys_expires_at ON idempotency_keys (expires_at)"
             )
+            for table, name, definition in references:
+                connection.execute(
+                    sql.SQL("ALTER TABLE {} ADD CONSTRAINT {} {}").format(
+                        sql.Identifier(table), sql.Identifier(name), sql.SQL(definition)
+                    )
+                )
         connection.execute("VACUUM ANALYZE idempotency_keys")
 
 
