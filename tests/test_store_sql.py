@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import sqlite3
 import sys
@@ -433,7 +434,7 @@ def test_a_connection_whose_prepared_statements_somebody_discards_is_of_use_agai
     claim = new_claim()
     store.claim(claim)
     with store.engine.connect() as connection:
-        connection.exec_driver_sql("DISCARD ALL")
+        connection.connection.driver_connection.pgconn.exec_(b"DISCARD ALL")
     with pytest.raises(StoreUnavailable, match="26000"):
         store.claim(claim)
     assert store.claim(claim) == Claimed(attempt=1)
@@ -452,3 +453,90 @@ def test_text_is_stored_as_it_is_whatever_the_connection_s_encoding(pg_database)
     assert store.claim(claim) == Claimed(attempt=1)
     for each in (store, latin):
         each.close()
+
+
+def test_statements_planned_for_an_empty_table_use_the_index_when_it_has_grown(
+    postgres_server, pg_database
+):
+    """A plan is kept from the sixth execution on, and one for a table without a page reads all
+    pages there will be. Nothing but we ourselves plans anew here: there is no ANALYZE."""
+    store = SQLStore(pg_database, pool_size=1)
+    with psycopg.connect(libpq(pg_database), autocommit=True) as connection:
+        connection.execute("ALTER TABLE idempotency_keys SET (autovacuum_enabled = false)")
+        connection.execute("VACUUM ANALYZE idempotency_keys")
+    done = Completion("201 Created", (), b"done")
+
+    def operate():
+        claim = new_claim()
+        assert store.claim(claim) == Claimed(attempt=1)
+        assert store.complete(claim.digest, claim.token, done)
+        assert store.lookup(claim.digest) is not None
+
+    for _ in range(8):
+        operate()
+    assert scans(store) == {"Seq Scan"}
+    for _ in range(150):
+        operate()
+    assert scans(store) == {"Index Scan"}
+    store.close()
+
+
+@pytest.mark.parametrize("pipeline", [True, False], ids=["libpq 14", "an older libpq"])
+def test_a_transaction_begins_and_claims_in_one_round_trip_where_libpq_can(
+    pg_database, monkeypatch, tmp_path, pipeline
+):
+    monkeypatch.setattr(psycopg.capabilities, "has_pipeline", lambda: pipeline)
+    store = SQLStore(pg_database)
+    store.begin(new_claim()).rollback()
+    store.begin(new_claim()).complete(Completion("201 Created", (), b""))
+    with store.transactions.connect() as connection:
+        server = connection.connection.driver_connection.pgconn
+    with (tmp_path / "trace").open("w+") as trace:
+        server.trace(trace.fileno())
+        transaction = store.begin(new_claim())
+        server.untrace()
+        transaction.rollback()
+        trace.seek(0)
+        directions = [line.split("\t")[1] for line in trace]
+    store.close()
+    assert "".join(directions).count("FB") == (1 if pipeline else 2)
+
+
+@pytest.mark.parametrize("pipeline", [True, False], ids=["libpq 14", "an older libpq"])
+def test_a_transaction_that_can_not_begin_is_refused(pg_database, monkeypatch, pipeline):
+    """As behind a pooler that has its own idea of BEGIN."""
+    monkeypatch.setattr(psycopg.capabilities, "has_pipeline", lambda: pipeline)
+    monkeypatch.setattr(psycopg.Connection, "_get_tx_start_command", lambda _: b"BEGIN NOTHING")
+    store = SQLStore(pg_database)
+    with pytest.raises(StoreUnavailable, match="NOTHING"):
+        store.begin(new_claim())
+    monkeypatch.undo()
+    store.begin(new_claim()).complete(Completion("201 Created", (), b""))
+    store.close()
+
+
+def test_with_a_libpq_that_can_not_close_statements_they_stay_prepared(pg_database, monkeypatch):
+    monkeypatch.setattr(psycopg.capabilities, "has_send_close_prepared", lambda: False)
+    store = SQLStore(pg_database, pool_size=1)
+    claim = new_claim()
+    for _ in range(40):
+        assert store.claim(claim) == Claimed(attempt=1)
+    store.close()
+
+
+def scans(store):
+    """How the prepared statements of the store's connection find their row."""
+    found = set()
+    with store.engine.connect() as connection:
+        run = connection.connection.driver_connection.execute
+        for name, statement in run("SELECT name, statement FROM pg_prepared_statements").fetchall():
+            numbers = [int(number) for number in re.findall(r"\$(\d+)", statement)]
+            if numbers:
+                nulls = ", ".join(["NULL"] * max(numbers))
+                plan = run(f"EXPLAIN EXECUTE {name}({nulls})", prepare=False).fetchall()
+                found.update(
+                    re.search(r"(\w+ \w*Scan)", line)[1]
+                    for (line,) in plan
+                    if "Scan" in line and "on idempotency_keys" in line
+                )
+    return found

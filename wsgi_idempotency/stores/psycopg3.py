@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -84,6 +84,18 @@ class _NamedByContent(PrepareManager):
     and nobody is told. Under a name that is its text's, what runs is what was asked, or
     an error.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: By name, what :func:`execute` has prepared.
+        self.plans: dict[bytes, _Plan] = {}
+
+    def clear(self) -> bool:
+        """psycopg has all of the connection's deallocated, at a rollback for one."""
+        cleared = super().clear()
+        if cleared:
+            self.plans.clear()
+        return cleared
 
     def get(self, query: PostgresQuery, prepare: bool | None = None) -> tuple[Prepare, bytes]:
         found, name = super().get(query, prepare)
@@ -203,18 +215,31 @@ class Answer:
         )
 
 
+_GOOD = (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK)
+
+_Asking = Generator[Any, Any, "PGresult"]
+
+
+def goes_straight(connection: psycopg.Connection[Any]) -> bool:
+    """Whether text can be sent on a connection as :func:`execute` does."""
+    return connection.pgconn.parameter_status(b"client_encoding") == b"UTF8"
+
+
 def execute(
     connection: psycopg.Connection[Any],
     statement: str,
     params: Mapping[str, Any],
     *,
     prepare: bool,
+    begin: bool = False,
 ) -> Answer:
-    """Run one statement on a connection in autocommit, which is the caller's alone.
+    """Run one statement on a connection that is the caller's alone.
 
     :param statement: as psycopg takes it, with ``%(name)s`` for a value of one of the types
         of ``_SENT``; its columns are of those of ``_READ``.
     :param prepare: prepare it on the server, the first time on this connection.
+    :param begin: begin the connection's transaction before it, in the same round trip where
+        libpq (14) can. psycopg's own pipeline waits for the answer to its BEGIN.
     :raises psycopg.Error: as a cursor would raise it.
     """
     kinds, values = [], []
@@ -224,24 +249,13 @@ def execute(
         kinds.append(kind)
         values.append(send(value))
     made = _statement(statement, tuple(kinds))
-    (result,) = connection.wait(_executing(connection, made, values, prepare))
-    if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+    result = connection.wait(_executing(connection, made, values, prepare, begin))
+    if result.status not in _GOOD:
         exc = psycopg.errors.error_from_result(result)
         if isinstance(exc, psycopg.errors.InvalidSqlStatementName):
-            _prepared(connection).clear()  # by a DISCARD ALL of somebody's
+            _plans(connection).clear()  # by a DISCARD ALL of somebody's
         raise exc
     return Answer(result)
-
-
-def goes_straight(connection: psycopg.Connection[Any]) -> bool:
-    """Whether text can be sent on a connection as :func:`execute` does."""
-    return connection.pgconn.parameter_status(b"client_encoding") == b"UTF8"
-
-
-def _prepared(connection: psycopg.Connection[Any]) -> set[bytes]:
-    """The names of what :func:`execute` has prepared on a connection."""
-    names: set[bytes] = connection.__dict__.setdefault("_wsgi_idempotency_prepared", set())
-    return names
 
 
 def _executing(
@@ -249,21 +263,102 @@ def _executing(
     statement: _Statement,
     values: Sequence[bytes | None],
     prepare: bool,
-) -> Generator[Any, Any, list[PGresult]]:
+    begin: bool,
+) -> _Asking:
     server: PGconn = connection.pgconn
-    if not prepare:
-        server.send_query_params(
-            statement.command, values, statement.types, statement.formats, _BINARY
-        )
-        unprepared: list[PGresult] = yield from generators.execute(server)
-        return unprepared
-    prepared = _prepared(connection)
-    if statement.name not in prepared:
-        server.send_prepare(statement.name, statement.command, statement.types)
-        refused: list[PGresult] = yield from generators.execute(server)
-        if refused[0].status != ExecStatus.COMMAND_OK:
+    if prepare:
+        refused = yield from _preparing(connection, statement)
+        if refused is not None:
             return refused
-        prepared.add(statement.name)
-    server.send_query_prepared(statement.name, values, statement.formats, _BINARY)
+        send = partial(
+            server.send_query_prepared, statement.name, values, statement.formats, _BINARY
+        )
+    else:
+        send = partial(
+            server.send_query_params,
+            statement.command, values, statement.types, statement.formats, _BINARY,
+        )  # fmt: skip
+    if not begin:
+        return (yield from _answer(server, send))
+    command = connection._get_tx_start_command()
+    if psycopg.capabilities.has_pipeline():
+        return (
+            yield from _together(server, partial(server.send_query_params, command, None), send)
+        )
+    begun = yield from _answer(server, partial(server.send_query, command))
+    return (yield from _answer(server, send)) if begun.status in _GOOD else begun
+
+
+def _answer(server: PGconn, send: Callable[[], None]) -> _Asking:
+    send()
     results: list[PGresult] = yield from generators.execute(server)
-    return results
+    (result,) = results
+    return result
+
+
+def _together(server: PGconn, first: Callable[[], None], second: Callable[[], None]) -> _Asking:
+    """Send two commands and then wait for both; the answer to the first that failed, or to the
+    second."""
+    server.enter_pipeline_mode()
+    for send in (first, second, server.pipeline_sync):
+        send()
+    yield from generators.send(server)
+    answers: list[PGresult] = []
+    for _ in range(3):
+        answers += yield from generators.fetch_many(server)
+    server.exit_pipeline_mode()
+    return answers[1] if answers[0].status in _GOOD else answers[0]
+
+
+# ---------------------------------------------------------------------- plans
+
+
+@dataclass(slots=True)
+class _Plan:
+    """How long what was prepared stays so, in executions.
+
+    PostgreSQL plans a prepared statement for good at its sixth execution, and for the table as
+    it is then. Of one with a few pages it reads every page rather than an index, and goes on to
+    while thousands of rows come, until the next ANALYZE (autovacuum's comes within a minute).
+    So a statement is prepared anew after ever more executions: the table has then hardly more
+    than doubled, or grown by some thousand rows.
+    """
+
+    lasts: int = 32
+    left: int = 0
+
+
+_LONGEST = 1024  # executions; what planning anew costs is then not to be seen
+
+
+def _plans(connection: Any) -> dict[bytes, _Plan]:
+    plans: dict[bytes, _Plan] = connection._prepared.plans
+    return plans
+
+
+def _preparing(
+    connection: psycopg.Connection[Any], statement: _Statement
+) -> Generator[Any, Any, PGresult | None]:
+    """Have a statement prepared; the answer if it can't be."""
+    server: PGconn = connection.pgconn
+    name, plans = statement.name, _plans(connection)
+    plan = plans.pop(name, None)
+    if plan is None:
+        plan = _Plan()
+    elif plan.left or not psycopg.capabilities.has_send_close_prepared():
+        plan.left -= 1
+        plans[name] = plan
+        return None
+    else:
+        # A message of the protocol's (libpq 17), which poolers that carry prepared statements
+        # over understand; DEALLOCATE they don't.
+        yield from _answer(server, partial(server.send_close_prepared, name))
+        plan.lasts = min(2 * plan.lasts, _LONGEST)
+    made = yield from _answer(
+        server, partial(server.send_prepare, name, statement.command, statement.types)
+    )
+    if made.status not in _GOOD:
+        return made
+    plan.left = plan.lasts
+    plans[name] = plan
+    return None

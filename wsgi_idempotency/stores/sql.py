@@ -389,6 +389,7 @@ class _PostgreSQL:
             _PG_TAKE_OVER,
             _PG_LOOKUP,
             _PG_COMPLETE,
+            _PG_ENTER,
             RELEASE,
             HOLD,
             FORGET,
@@ -411,9 +412,11 @@ class _PostgreSQL:
 
         return run
 
-    def straight(self, connection: Any) -> _Run:
-        """As :meth:`runner`, on a connection in autocommit: the statements of a request the
-        short way."""
+    def straight(self, connection: Any, *, begin: bool = False) -> _Run:
+        """As :meth:`runner`, with the statements of a request the short way.
+
+        :param begin: begin a transaction with the first; psycopg begins one by itself.
+        """
         from wsgi_idempotency.stores.psycopg3 import execute, goes_straight
 
         usual = self.runner(connection)
@@ -423,7 +426,7 @@ class _PostgreSQL:
         def run(statement: str, params: Mapping[str, Any]) -> _Cursor:
             if statement not in self._STRAIGHT:
                 return usual(statement, params)
-            return execute(connection, statement, params, prepare=self._prepare)
+            return execute(connection, statement, params, prepare=self._prepare, begin=begin)
 
         return run
 
@@ -484,10 +487,9 @@ class _PostgreSQL:
     def enter(self, driver: Any, claim: Claim, wait: float) -> Claimed | Record | None:
         """Within a transaction: lock the key, and claim it or fetch its row; None when
         another transaction has it."""
-        run = self.runner(driver)
         params = _claim_params(claim) | {"lock": _lock_of(claim.digest)}
-        with _one_trip(driver):
-            cursor = run(_PG_ENTER, params)  # and the BEGIN before it
+        cursor = self.straight(driver, begin=True)(_PG_ENTER, params)
+        run = self.straight(driver)
         for _ in range(_LOOKS):
             mine, attempt, *seen = cursor.fetchone()
             if attempt is not None:

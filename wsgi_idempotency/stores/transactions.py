@@ -103,7 +103,7 @@ class SQLTransaction:
         self._claim = claim
         self._may_have_written = True
         with self._speaking():
-            return self._store._sql.take_over(self._store._sql.runner(self._driver), claim, seen)
+            return self._store._sql.take_over(self._store._sql.straight(self._driver), claim, seen)
 
     def complete(self, completion: Completion) -> None:
         try:
@@ -172,7 +172,7 @@ class SQLTransaction:
     def _record(self, completion: Completion) -> bool:
         statements, claim = self._store._sql, self._claim
         params = completion_params(claim.digest, claim.token, completion)
-        return statements.runner(self._driver)(statements.COMPLETE, params).rowcount == 1
+        return statements.straight(self._driver)(statements.COMPLETE, params).rowcount == 1
 
     def _commit(self) -> None:
         try:
