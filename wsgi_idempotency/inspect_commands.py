@@ -31,7 +31,13 @@ from wsgi_idempotency.resolve_commands import (
 )
 from wsgi_idempotency.scope import printable
 from wsgi_idempotency.stores.inspecting import Inspector, Route
-from wsgi_idempotency.stores.resolving import Details, FinishedStep, Resolved, Resolver
+from wsgi_idempotency.stores.resolving import (
+    Details,
+    FinishedStep,
+    Resolution,
+    Resolved,
+    Resolver,
+)
 from wsgi_idempotency.stores.sql import shown
 
 if TYPE_CHECKING:
@@ -294,6 +300,7 @@ def timeline(
     row: Details | None, decided: Iterable[Resolved], steps: Iterable[FinishedStep]
 ) -> str:
     """What happened, in order. Of attempts before the last the table has only the number."""
+    decided = list(decided)
     lines = [(one.resolved_at, told(one)) for one in decided]
     lines += [
         (step.created_at, f"{moment(step.created_at)} attempt {step.attempt} did step {step.name}")
@@ -301,14 +308,23 @@ def timeline(
     ]
     if row is not None:
         lines += [(at, f"{moment(at)} {what}") for at, what in events(row)]
+        if row.completed_at is not None and not by_decision(row.completed_at, decided):
+            at = row.completed_at
+            lines.append((at, f"{moment(at)} completed with {row.status}"))
     lines.sort(key=lambda line: line[0])
     return "\n".join(printable(text) for _, text in lines)
 
 
+def by_decision(completed_at: float, decided: Iterable[Resolved]) -> bool:
+    """Whether a person or a reconciler has completed it, which SQLite says in two statements."""
+    return any(
+        one.action is Resolution.COMPLETE and abs(one.resolved_at - completed_at) < 1.0
+        for one in decided
+    )
+
+
 def events(row: Details) -> Iterator[tuple[float, str]]:
     yield row.created_at, "claimed first"
-    if row.completed_at is not None:
-        yield row.completed_at, f"completed with {row.status}"
     if row.lapsed:
         yield row.lease_until, f"the lease of attempt {row.attempt} ran out"
     if row.past_retention and not row.held:

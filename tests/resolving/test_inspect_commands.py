@@ -18,7 +18,7 @@ from unresolved import age_rows, held, lapsed
 from wsgi_idempotency import SQLStore
 from wsgi_idempotency.cli import main
 from wsgi_idempotency.inspect_commands import BINARY_SHOWN, in_bytes
-from wsgi_idempotency.records import Claimed, Completion, Lapse
+from wsgi_idempotency.records import Claimed, Completion, Lapse, StoredResponse
 from wsgi_idempotency.stores.inspecting import KINDS, Inspector
 from wsgi_idempotency.stores.resolving import Resolution, Resolver
 from wsgi_idempotency.testing import make_claim
@@ -106,6 +106,21 @@ def test_stats_are_a_table_for_people(store: SQLStore, command: Command) -> None
     assert "wsgi_idempotency_duplicates_prevented_total" in facts["replays"]
     assert re.fullmatch(r"claimed \d\.\d seconds ago", facts["oldest"])
     assert re.fullmatch(r"since \d+(\.\d)? seconds", facts["to be purged"])
+
+
+def test_stats_of_one_route_have_no_sum(database: str, command: Command) -> None:
+    add_rows(database, 2, expired=-60)
+    assert [line.split() for line in command("stats").stdout.splitlines()[3:5]] == [
+        ["POST", "/", "2", "0", "0", "0", "0", "0", "0"],
+        [],
+    ]
+
+
+def test_what_was_done_before_its_worker_died_is_live(database: str, store: SQLStore) -> None:
+    """Its effects are committed, and nobody runs it again."""
+    lapsed(store, lapse=Lapse.HOLD)
+    query(database, "UPDATE idempotency_keys SET effects_at = created_at")
+    assert [row.key for row in Inspector(store).operations(kinds=["live"])] == ["a key"]
 
 
 def test_stats_of_an_empty_table(command: Command) -> None:
@@ -230,6 +245,19 @@ def test_show_tells_what_happened_in_order(
     assert re.fullmatch(f"{moment} released after attempt 1 by ann: no trace of it", history[1])
 
 
+def test_a_completion_by_a_person_is_told_once(store: SQLStore, command: Command) -> None:
+    claim = held(store)
+    Resolver(store).resolve(
+        claim.digest, claim.token, Resolution.COMPLETE, actor="ann", reason="the bank has it",
+        response=StoredResponse("201 Created", (), b"7"),
+    )  # fmt: skip
+    history = command("show", "a key").stdout.split("\n\n")[1].splitlines()
+    assert [line.split(" ", 1)[1] for line in history] == [
+        "claimed first",
+        "completed with 201 Created after attempt 1 by ann: the bank has it",
+    ]
+
+
 def test_show_tells_which_steps_were_done(store: SQLStore, command: Command) -> None:
     claim = make_claim()
     store.claim(claim)
@@ -293,11 +321,12 @@ ZIPPED = (("Content-Encoding", "gzip"), *JSON)
         (TEXT, b"caf\xe9\ttwo\nlines", "café    two\nlines"),
         ((), b"a\x1b[2Jb\x07\r\xe2\x80\xae", "a\\x1b[2Jb\\x07\n\\u202e"),
         ((), b"\x00\xff", "00000000  00 ff                                            |..|"),
+        ((), b"\x00A", "00000000  00 41                                            |.A|"),
         ((("Content-Type", "text/plain; charset=none"),), b"a", "00000000  61"),
         ((), b"", None),
     ],
     ids=["JSON", "what is no JSON", "gzip", "what is no gzip", "another charset",
-         "escape sequences", "bytes", "an unknown charset", "nothing"],
+         "escape sequences", "bytes", "bytes that decode", "an unknown charset", "nothing"],
 )  # fmt: skip
 def test_a_body_is_shown_decoded_and_moves_no_cursor(
     store: SQLStore,

@@ -21,7 +21,8 @@ from wsgi_idempotency.stores.sql import (
     _storable,
 )
 
-#: What a row may mean now; each means exactly one of these.
+#: What a row may mean now; each means exactly one of these. Live is what is done, also if its
+#: worker died before it could record a response.
 KINDS = ("live", "in flight", "released", "held", "lapsed, held", "lapsed", "expired")
 
 _KIND = """
@@ -30,6 +31,7 @@ _KIND = """
          WHEN state = 'released' THEN 'released'
          WHEN state = 'held' THEN 'held'
          WHEN lease_until > {now} THEN 'in flight'
+         WHEN effects_at IS NOT NULL THEN 'live'
          WHEN lapse = 'hold' THEN 'lapsed, held'
          ELSE 'lapsed' END"""
 
