@@ -145,8 +145,10 @@ application = app.wsgi_app = Verified(
 )
 
 
-@app.post("/hooks/<sender>")
-def receive(sender):
+@app.post("/hooks/standard")
+@app.post("/hooks/svix")
+@app.post("/hooks/stripe")
+def receive():
     event = request.get_json(force=True)
     if event["type"] == "payment.succeeded":
         order = event["data"]["order"]

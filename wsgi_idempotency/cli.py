@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Commands of which only the name and a line of help are here.
 ELSEWHERE = {
+    "contract": "wsgi_idempotency.contract_commands:contract",
+    "lint": "wsgi_idempotency.contract_commands:lint_routes",
     "demo": "wsgi_idempotency.demo:demo",
     "purge": "wsgi_idempotency.purge_command:purge",
     "stats": "wsgi_idempotency.inspect_commands:stats",
@@ -205,6 +207,16 @@ def resolve() -> None:
 @main.command()
 def reconcile() -> None:
     """Ask a function of yours what became of operations, and resolve them."""
+
+
+@main.command()
+def contract() -> None:
+    """Print what clients are to know of an application's idempotency keys."""
+
+
+@main.command()
+def lint() -> None:
+    """List the URLs of an application that no policy covers."""
 
 
 @main.command()

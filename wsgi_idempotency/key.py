@@ -170,6 +170,11 @@ class KeySource(ABC):
         :raises BodyError: the source needs the body, and it can't be taken in full.
         """
 
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """Where it looks, in order, for documentation: a kind of place and a name in it. The
+        kinds of ours are ``"header"``, ``"form"`` and ``"json"``."""
+        return (("other", type(self).__name__),)
+
     def __call__(self, environ: WSGIEnvironment, body: bytes) -> str | None:
         """:meth:`find`, for a body that is in memory."""
         return self.find(environ, Body.of_bytes(body))
@@ -188,6 +193,15 @@ def extract(
     else:
         found = source(environ, body.bytes())
     return None if found is None else check(found)
+
+
+def places(
+    source: Callable[[WSGIEnvironment, bytes], str | None],
+) -> tuple[tuple[str, str], ...]:
+    """Where a source or a user's callable looks; see :meth:`KeySource.places`."""
+    if isinstance(source, KeySource):
+        return source.places()
+    return (("other", getattr(source, "__name__", type(source).__name__)),)
 
 
 def is_token(name: object) -> bool:
@@ -217,6 +231,9 @@ class _Header(KeySource):
     def __post_init__(self) -> None:
         object.__setattr__(self, "_environ_name", environ_name(self.name))
 
+    def places(self) -> tuple[tuple[str, str], ...]:
+        return (("header", self.name),)
+
     def find(self, environ: WSGIEnvironment, body: Body) -> str | None:
         value = environ.get(self._environ_name)
         return None if value is None else parse(value)
@@ -240,6 +257,9 @@ class _FormField(KeySource):
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ConfigurationError(f"{self.name!r} can't be the name of a form field; use a text")
+
+    def places(self) -> tuple[tuple[str, str], ...]:
+        return (("form", self.name),)
 
     def find(self, environ: WSGIEnvironment, body: Body) -> str | None:
         media_type, options = parse_options_header(environ.get("CONTENT_TYPE"))
@@ -325,6 +345,9 @@ class _JsonField(KeySource):
                 f'{self.path!r} can\'t be the path of a JSON member; use one like "data.id"'
             )
 
+    def places(self) -> tuple[tuple[str, str], ...]:
+        return (("json", self.path),)
+
     def find(self, environ: WSGIEnvironment, body: Body) -> str | None:
         try:
             # As lenient as applications are: any encoding json.loads() detects, NaN, and
@@ -405,6 +428,9 @@ class _FirstOf(KeySource):
                     f"{source!r} is no source of a key; use header(name), form_field(name),"
                     " json_field(path) or a callable (environ, body) -> str or None"
                 )
+
+    def places(self) -> tuple[tuple[str, str], ...]:
+        return tuple(place for source in self.sources for place in places(source))
 
     def find(self, environ: WSGIEnvironment, body: Body) -> str | None:
         found = (extract(source, environ, body) for source in self.sources)

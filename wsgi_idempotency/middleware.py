@@ -186,6 +186,22 @@ class IdempotencyMiddleware:
         policy, rule = next(matching, (self.policy, None))
         return (policy, rule) if policy is not None and method in policy.methods else (None, None)
 
+    @property
+    def protected_methods(self) -> frozenset[str]:
+        """The methods that any policy is for."""
+        return self._methods
+
+    def policy_for(self, method: str, path: str) -> tuple[Policy | None, bool]:
+        """What a request of a method to a path would be under, for tools that look.
+
+        :param path: PATH_INFO.
+        :returns: the policy, and whether there is none because a route exempts the path.
+        """
+        environ = {"REQUEST_METHOD": method, "PATH_INFO": path.encode().decode("latin-1")}
+        policy, _ = self._policy_of(environ)
+        first = next(((route,) for matches, route, _ in self._routes if matches(environ)), None)
+        return policy, first == (None,)
+
     def forget_parent(self) -> None:
         """In a forked child: who waited in the parent doesn't wait here."""
         places = self._max_waiting

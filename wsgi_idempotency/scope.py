@@ -95,6 +95,7 @@ def by_cookie(name: str) -> Scope:
         # The name is a token (RFC 6265 section 4.1.1), which has no "=".
         return _digested("cookie", f"{name}={value}") if value.strip() else None
 
+    scope.__doc__ = f"Each value of the cookie {name!r} has its own keys."
     return scope
 
 
@@ -110,7 +111,7 @@ def by_header(name: str, *, digest: bool = True) -> Scope:
     :returns: a scope, whose texts are ``"header:sha256:<hex>"`` or ``"header:<name>=<value>"``.
     :raises ConfigurationError: it can't be the name of a field.
     """
-    key, name = environ_name(name), name.lower()
+    field_name, key, name = name, environ_name(name), name.lower()
 
     def scope(environ: WSGIEnvironment) -> str | None:
         value = environ.get(key, "").strip(" \t")
@@ -120,6 +121,7 @@ def by_header(name: str, *, digest: bool = True) -> Scope:
         text = f"{name}={value}"
         return _digested("header", text) if digest else f"header:{text}"
 
+    scope.__doc__ = f"Each value of the header field {field_name!r} has its own keys."
     return scope
 
 

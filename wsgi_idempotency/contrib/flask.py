@@ -145,6 +145,8 @@ def in_context(app: Flask, scope: Callable[..., str | None]) -> Scope:
         with app.request_context(head_of(environ)):
             return scope()
 
+    scope_in_context.__doc__ = scope.__doc__
+    scope_in_context.__name__ = getattr(scope, "__name__", type(scope).__name__)
     return scope_in_context
 
 
