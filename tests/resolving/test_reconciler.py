@@ -394,6 +394,25 @@ def test_a_person_who_resolves_while_the_verdict_thinks_is_heard(
 # ---------------------------------------------------------------------- walks
 
 
+@each_due
+def test_what_comes_due_after_the_walk_has_begun_is_left_for_the_next(
+    store: SQLStore, arrange: Arrange
+) -> None:
+    """A walk ends. The moment it began is the cutoff, for whoever finds and for whoever takes."""
+    resolver = Resolver(store)
+    began = resolver.now()
+    until(lambda: resolver.now() > began)
+    claim = arrange(store)
+    until(lambda: resolver.now() > details(store, claim).lease_until)
+    assert resolver.due(began, limit=10) == []
+    assert resolver.take_up(claim.digest, cutoff=began, seconds=60) is None
+    next_walk = resolver.now()
+    assert resolver.due(next_walk, limit=10) == [claim.digest]
+    assert resolver.take_up(claim.digest, cutoff=next_walk, seconds=60) is not None
+    assert resolver.due(resolver.now(), limit=10) == [], "somebody is looking into it"
+    assert resolver.take_up(claim.digest, cutoff=resolver.now(), seconds=60) is None
+
+
 def test_each_operation_is_judged_once_a_walk_however_soon_it_is_due_again(
     database: str, store: SQLStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
