@@ -2130,7 +2130,7 @@ def test_what_observers_raise_is_logged(caplog):
     assert "the observer" in caplog.text
 
 
-def raising_late(problem, environ):
+def breaking_off(problem, environ):
     def app(environ, start_response):
         start_response("422 Oh", [])
         yield b"{"
@@ -2157,7 +2157,7 @@ def forging(problem, environ):
         failing,
         pytest.param(lambda problem, environ: None, id="None"),
         pytest.param(lambda problem, environ: failing, id="an application that raises"),
-        pytest.param(raising_late, id="an application that raises after its first chunk"),
+        pytest.param(breaking_off, id="an application that raises after its first chunk"),
         pytest.param(silent, id="an application that starts no response"),
         pytest.param(forging, id="an application whose header would forge another"),
     ],

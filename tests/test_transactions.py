@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -773,6 +774,59 @@ def test_a_commit_whose_answer_is_lost_is_found_out(
         assert shop.amounts() == [1]
 
 
+@pytest.mark.parametrize("commits", [True, False], ids=["and comes", "and never comes"])
+def test_a_commit_that_is_on_its_way_is_waited_for(pg_shop: OpenShop, commits: bool) -> None:
+    """The key's lock says that its transaction isn't over, and nobody may be told anything."""
+    with through_proxy(pg_shop, "withheld") as shop:
+        over, answers = shop.store._transaction_over, list[bool]()
+
+        def watched(digest: bytes) -> bool:
+            answers.append(over(digest))
+            if answers == [False]:
+                assert shop.proxy is not None
+                shop.proxy.let_go(commits=commits)
+            return answers[-1]
+
+        shop.store._transaction_over = watched  # type: ignore[method-assign]
+        assert shop.post().status_code == (201 if commits else 503)
+    assert answers[0] is False
+    assert shop.amounts() == ([1] if commits else [])
+    assert len(shop.rows()) == len(shop.amounts())
+
+
+class Losing(sqlite3.Connection):
+    """A file whose connection is gone at the first COMMIT: before it, or after."""
+
+    after = False
+    lost = False
+
+    def commit(self) -> None:
+        if self.in_transaction and not Losing.lost:
+            Losing.lost = True
+            if self.after:
+                super().commit()
+            self.close()
+        super().commit()
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_commit_in_sqlite_whose_connection_is_lost_is_found_out(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    """It has no server on which it could go on: whether it took effect, the row tells."""
+    monkeypatch.setattr(Losing, "after", after)
+    monkeypatch.setattr(Losing, "lost", False)
+    given = create_engine(sqlite_url, connect_args={"factory": Losing})
+    for open_shop in opener(sqlite_url):
+        shop = open_shop(charging, given=given)
+        assert shop.post().status_code == (201 if after else 503)
+        assert Losing.lost
+        assert shop.amounts() == ([1] if after else [])
+        assert shop.post().status_code == 201
+        assert shop.amounts() == [1]
+    given.dispose()
+
+
 def test_a_commit_that_nobody_can_tell_of_is_sent_again(pg_shop: OpenShop) -> None:
     with through_proxy(pg_shop, "after", then_deaf=True, timeout=0.5) as shop:
         unknown = shop.post()
@@ -797,6 +851,7 @@ def through_proxy(
         url = upstream.set(port=proxy.address[1]).render_as_string(hide_password=False)
         proxied = pg_shop(charging, store_options={"timeout": timeout}, url=url)
         proxied.engine = shop.engine
+        proxied.proxy = proxy
         yield proxied
         proxied.store.close()
 
@@ -1028,6 +1083,28 @@ def test_a_handler_that_forks_leaves_the_transaction_to_its_parent(pg_shop: Open
     finally:
         if os.getpid() != parent:
             os._exit(0)
+    assert answer.data == b"parent"
+    assert (shop.amounts(), len(shop.rows())) == ([1], 1)
+
+
+def test_a_forked_child_whose_application_raises_undoes_nothing_of_its_parent_s(
+    pg_shop: OpenShop,
+) -> None:
+    def forking(environ: Any, start_response: Any) -> Any:
+        charge(1)
+        pid = os.fork()
+        if pid == 0:
+            raise LookupError("in the child")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+        return Response("parent", 201)(environ, start_response)
+
+    shop = pg_shop(forking)
+    parent = os.getpid()
+    try:
+        answer = shop.post()
+    except LookupError:
+        assert os.getpid() != parent
+        os._exit(7)
     assert answer.data == b"parent"
     assert (shop.amounts(), len(shop.rows())) == ([1], 1)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from servers.commit_proxy import CommitProxy
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from werkzeug.test import Client, TestResponse
@@ -35,6 +36,7 @@ class Shop:
     middleware: IdempotencyMiddleware
     engine: Engine
     events: list[Event] = field(default_factory=list)
+    proxy: CommitProxy | None = None
 
     def post(self, key: str = "k", **options: Any) -> TestResponse:
         headers = {"Idempotency-Key": key} | options.pop("headers", {})
@@ -67,10 +69,11 @@ def opener(database: str) -> Iterator[OpenShop]:
         *,
         store_options: dict[str, Any] | None = None,
         url: str = database,
+        given: Engine | None = None,
         **policy: Any,
     ) -> Shop:
         events: list[Event] = []
-        store = SQLStore(url, **(store_options or {}))
+        store = SQLStore(given or url, **(store_options or {}))
         middleware = IdempotencyMiddleware(
             app,
             store,

@@ -7,7 +7,7 @@ import selectors
 import socket
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from servers.proxy import ThreadingProxy
 
@@ -17,7 +17,9 @@ class CommitProxy(ThreadingProxy):
     """Forwards to PostgreSQL; connections are cut at their COMMIT.
 
     :param upstream: host and port of the server.
-    :param cut: ``"before"`` the server gets the COMMIT, ``"after"`` it has answered it.
+    :param cut: ``"before"`` the server gets the COMMIT, ``"after"`` it has answered it, or
+        ``"withheld"``: the client is cut off, and the server waits for the COMMIT until
+        :meth:`let_go`.
     :param cuts: how many COMMITs to cut; later ones are carried.
     :param then_deaf: once it has cut, it carries nothing any more.
     """
@@ -25,7 +27,7 @@ class CommitProxy(ThreadingProxy):
     def __init__(
         self,
         upstream: tuple[str, int],
-        cut: Literal["before", "after"],
+        cut: Literal["before", "after", "withheld"],
         *,
         cuts: int = 1,
         then_deaf: bool = False,
@@ -34,6 +36,21 @@ class CommitProxy(ThreadingProxy):
         self._cut = cut
         self._cuts = cuts
         self._then_deaf = then_deaf
+        self._go, self._gone = socket.socketpair()
+        self._commits = False
+
+    def let_go(self, *, commits: bool) -> None:
+        """End a transaction whose COMMIT was withheld.
+
+        :param commits: hand the COMMIT on; otherwise the server sees its client go.
+        """
+        self._commits = commits
+        self._go.send(b"\0")
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        self._go.close()
+        self._gone.close()
 
     @property
     def _deaf(self) -> bool:
@@ -65,6 +82,19 @@ class CommitProxy(ThreadingProxy):
                     cutting = True
                     if self._cut == "before":
                         return
+                    if self._cut == "withheld":
+                        client.close()
+                        self._withhold(server, data)
+                        return
                 if source is server and cutting:
                     return
                 target.sendall(data)
+
+    def _withhold(self, server: socket.socket, commit: bytes) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._gone, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            selector.select()
+        if self._commits:
+            server.sendall(commit)
+            server.recv(65536)
