@@ -20,6 +20,7 @@ from wsgi_idempotency import (
     by_cookie,
     by_header,
 )
+from wsgi_idempotency.observers import logging as log
 
 PASSWORD = "correct-horse-battery"
 BASIC = "Basic " + base64.b64encode(f"alice:{PASSWORD}".encode()).decode()
@@ -58,7 +59,7 @@ def exercise(store: SQLStore, caplog: pytest.LogCaptureFixture, secret: str | No
                 scope=scope,
                 secret=secret,
                 policy=Policy(fingerprint=fingerprint),
-                on_event=[told.append, failing],
+                on_event=[told.append, failing, log.observe],
             )
             client = Client(middleware, use_cookies=False)
             for body in (b"card=" + CARD, b"card=" + CARD, b"other=" + CARD):

@@ -705,6 +705,12 @@ def test_a_serialization_failure_at_the_commit_can_be_sent_again(pg_shop: OpenSh
     refused = shop.post()
     assert (refused.status_code, code(refused)) == (503, "TRANSACTION_CONFLICT")
     assert (shop.amounts(), shop.rows()) == ([], [])
+    assert told(shop) == [("executed", "forget"), ("refused", None)]
+
+
+def told(shop: Shop) -> list[tuple[str, str | None]]:
+    """The events of its requests, and what became of their claims."""
+    return [(event.name, event.action) for event in shop.events]
 
 
 def raise_at_commit(connection: Connection, sqlstate: str) -> None:
@@ -737,6 +743,8 @@ def test_a_commit_that_fails_has_done_nothing(
     failed = shop.post()
     assert (failed.status_code, code(failed)) == expected
     assert (shop.amounts(), shop.rows()) == ([], [])
+    lost = [("store_failure", None)] if expected[0] == 503 else []
+    assert told(shop) == [*lost, ("executed", "forget"), ("refused", None)]
 
 
 def test_a_success_in_a_transaction_that_has_failed_is_none(pg_shop: OpenShop) -> None:
@@ -833,7 +841,7 @@ def test_a_commit_that_nobody_can_tell_of_is_sent_again(pg_shop: OpenShop) -> No
     assert (unknown.status_code, code(unknown)) == (503, "COMMIT_UNKNOWN")
     assert unknown.headers["X-Should-Retry"] == "true"
     assert shop.amounts() == [1]
-    assert [event.name for event in shop.events] == ["store_failure", "executed", "refused"]
+    assert told(shop) == [("store_failure", None), ("executed", None), ("refused", None)]
     assert pg_shop(charging).post().headers["Idempotency-Replayed"] == "true"
 
 

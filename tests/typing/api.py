@@ -45,6 +45,9 @@ from wsgi_idempotency import (
     store_everything,
     store_success,
 )
+from wsgi_idempotency.observers import opentelemetry, prometheus
+from wsgi_idempotency.observers.logging import LogObserver
+from wsgi_idempotency.purging import purge
 from wsgi_idempotency.records import StoredResponse
 from wsgi_idempotency.stores.base import Store
 from wsgi_idempotency.stores.resolving import Details
@@ -120,6 +123,14 @@ wrapped: WSGIApplication = IdempotencyMiddleware(
     secret=b"sixteen bytes or more",
 )
 IdempotencyMiddleware(app, create_engine("sqlite://"), scope=by_remote_user, on_event=count)
+IdempotencyMiddleware(
+    app,
+    "memory:",
+    scope=everyone,
+    on_event=[LogObserver(levels={"waited": 20}), prometheus.observe, opentelemetry.observe],
+)
+metrics: WSGIApplication = prometheus.metrics_app()
+deleted: int = sum(purge(SQLStore("sqlite:///keys.db"), older_than=3600, on_event=count))
 IdempotencyMiddleware(app, MemoryStore(), scope=by_cookie("session"), render_problem=plain)
 IdempotencyMiddleware(app, SQLStore("sqlite:///keys.db"), scope=by_header("X-Api-Key"))
 IdempotencyMiddleware(app, "memory:", scope=everyone, policy=Policy(outcomes=store_success))
