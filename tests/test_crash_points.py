@@ -87,6 +87,16 @@ def after_diagram(mode: str, point: CrashPoint, status: str) -> Aftermath:
         return Aftermath(("attempt 1",), ran + 1, 1)
     if point in UNCLAIMED:
         return Aftermath(("attempt 1",), 1, 1)
+    if mode == "guard" and ran:
+        # Its effects are committed, whatever became of the response.
+        retry = "replay" if point not in UNSETTLED and action is STORE else "rebuilt"
+        return Aftermath(("CONFLICT", retry) if point in UNSETTLED else (retry,), 1, 1)
+    if mode == "step" and ran:
+        # Its next attempt finds what its step has written, unless its row is gone with its steps.
+        if point in UNSETTLED:
+            return Aftermath(("CONFLICT", "attempt 2"), 2, 1)
+        if action is RELEASE:
+            return Aftermath(("attempt 2",), 2, 1)
     if point in UNSETTLED:
         if policy.lapse is Lapse.HOLD:
             return Aftermath(("CONFLICT", "OUTCOME_UNKNOWN"), ran, ran)
@@ -138,7 +148,7 @@ class Matrix:
             stdout=subprocess.PIPE,
             cwd=TESTS,
             check=True,
-            timeout=100,
+            timeout=200,
         )
         self.ends = json.loads(workers.stdout)
 
@@ -146,6 +156,9 @@ class Matrix:
         response: Response = post(self._apps[mode], mode, key, CREATED)
         if response.mimetype == "application/problem+json":
             return str(response.get_json()["code"])
+        if response.text == "rebuilt":
+            assert "Idempotency-Replayed" in response.headers
+            return response.text
         return "replay" if "Idempotency-Replayed" in response.headers else response.text
 
     def close(self) -> None:
@@ -165,7 +178,7 @@ def on_pg(
     postgres.drop_database(url)
 
 
-ON_SQLITE = ["store_success", "transaction"]
+ON_SQLITE = ["store_success", "transaction", "step", "guard"]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import create_engine, text
 from werkzeug.test import Client
+from werkzeug.wrappers import Response
 
 from wsgi_idempotency import (
     IdempotencyMiddleware,
@@ -33,6 +34,8 @@ MODES = {
     "hold_unknown": Policy(outcomes=hold_unknown, lease=LEASE),
     # The server notices by itself that a worker is dead, but not in no time.
     "transaction": Policy(transaction=True, wait=30),
+    "step": Policy(lease=LEASE),
+    "guard": Policy(lease=LEASE, rebuild=lambda operation: Response("rebuilt", 201)),
 }
 
 AT_ONCE = 8  # workers
@@ -63,14 +66,24 @@ class Ledger:
         operation = environ["wsgi_idempotency.operation"]
         with open(self._diary, "a") as diary:
             diary.write(f"{operation.key}\n")
-        entry = text("INSERT INTO ledger VALUES (:key)"), {"key": operation.key}
-        if environ["HTTP_X_MODE"] == "transaction":
-            operation.connection.execute(*entry)
+        mode = environ["HTTP_X_MODE"]
+        if mode == "transaction":
+            self._enter(operation, operation.connection)
+        elif mode == "step":
+            operation.step("entry", lambda: self._commit(operation))
         else:
-            with self._engine.begin() as connection:
-                connection.execute(*entry)
+            self._commit(operation, guarded=mode == "guard")
         start_response(environ["HTTP_X_STATUS"], [("Content-Type", "text/plain")])
         return [b"attempt %d" % operation.attempt]
+
+    def _commit(self, operation: Any, *, guarded: bool = False) -> None:
+        with self._engine.begin() as connection:
+            if guarded:
+                operation.guard(connection)
+            self._enter(operation, connection)
+
+    def _enter(self, operation: Any, connection: Any) -> None:
+        connection.execute(text("INSERT INTO ledger VALUES (:key)"), {"key": operation.key})
 
     def protected(self, mode: str) -> IdempotencyMiddleware:
         store = SQLStore(self.url, timeout=30)
