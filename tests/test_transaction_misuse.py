@@ -337,3 +337,54 @@ def test_a_constraint_that_is_checked_last_undoes_everything(pg_shop: OpenShop) 
         )
     assert problem(shop.post()) == (500, "TRANSACTION_FAILED")
     assert (shop.amounts(), shop.rows()) == ([], [])
+
+
+@pytest.mark.parametrize("end", ["commit", "rolled back before", "forget", "close", "read only"])
+def test_a_success_is_not_told_of_a_commit_that_another_session_undoes(
+    open_shop: OpenShop, end: str
+) -> None:
+    """Savepoints nest: what one session commits while another is open goes with the other."""
+    others = []
+
+    def nesting() -> None:
+        charge(1)
+        others.append(session())
+        if end != "read only":
+            others[0].add(Charge(amount=2))
+        others[0].connection()
+        others[0].flush()
+        if end == "rolled back before":
+            others[0].rollback()
+        charge(3)
+        if end == "commit":
+            others[0].commit()
+        if end in ("close", "read only"):
+            others[0].close()
+
+    shop = open_shop(doing(nesting))
+    answer = shop.post()
+    kept = {"commit": [1, 2, 3], "rolled back before": [1, 3]}
+    if end in kept:
+        assert (answer.status_code, shop.amounts()) == (201, kept[end])
+    else:
+        assert problem(answer) == (500, "TRANSACTION_FAILED")
+        assert (shop.amounts(), shop.rows()) == ([], [])
+
+
+def test_a_session_may_undo_what_it_has_itself_committed_within(open_shop: OpenShop) -> None:
+    def nesting() -> None:
+        with session() as joined:
+            with joined.begin_nested():
+                joined.add(Charge(amount=1))
+            joined.rollback()
+            with joined.begin_nested():
+                joined.add(Charge(amount=2))
+            joined.commit()
+        with current_operation.connection.begin_nested() as outer:
+            with current_operation.connection.begin_nested():
+                current_operation.connection.execute(text(INSERT))
+            outer.rollback()
+
+    shop = open_shop(doing(nesting))
+    assert shop.post().status_code == 201
+    assert shop.amounts() == [2]

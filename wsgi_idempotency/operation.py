@@ -74,6 +74,11 @@ class Operation:
         return f"<Operation {self._claim.digest.hex()} attempt {self.attempt}>"
 
     @property
+    def transactional(self) -> bool:
+        """Whether it has a transaction to join: ``Policy(transaction=True)``."""
+        return self._transaction is not None
+
+    @property
     def connection(self) -> Any:
         """The connection whose transaction commits what is written on it together with the
         response: a :class:`sqlalchemy.Connection`, for ``Policy(transaction=True)``.

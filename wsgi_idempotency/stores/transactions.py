@@ -15,10 +15,12 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from wsgi_idempotency.errors import (
     CommitUnknown,
@@ -62,6 +64,16 @@ class ConnectionLost(StoreUnavailable):
     """Raised when the transaction's connection turned out to be dead; so is the transaction."""
 
 
+@dataclass
+class _Savepoint:
+    """:param owner: the session that began it; None for the application itself.
+    :param foreign: whether another session has committed within it.
+    """
+
+    owner: Session | None = None
+    foreign: bool = False
+
+
 class SQLTransaction:
     """See :class:`~wsgi_idempotency.stores.base.Transaction`."""
 
@@ -74,6 +86,8 @@ class SQLTransaction:
         self._may_have_written = True
         self._joined = False
         self._over = False
+        self._savepoints: list[_Savepoint] = []  # those that are open, from the outermost
+        self._commit_undone = False
         self.claimed: Claimed | None = None
         self.seen: Record | None = None
         connection.info[_JOINED] = self
@@ -157,8 +171,30 @@ class SQLTransaction:
         if self._connection.invalidated:
             raise ConnectionLost(f"the connection to {self._store!r} was lost")
         self._require_rest()
+        if self._commit_undone or any(savepoint.foreign for savepoint in self._savepoints):
+            raise TransactionFailed(
+                "a session committed while another one, begun before it, was open and has not"
+                " been committed since: savepoints nest, and so what the one has committed is"
+                " undone with the other. Commit or close that one first, or use one session"
+            )
         while (savepoint := self._connection.get_nested_transaction()) is not None:
             savepoint.rollback()
+
+    def savepoint_begun(self) -> None:
+        self._savepoints.append(_Savepoint())
+
+    def session_begun(self, session: Session) -> None:
+        if self._savepoints and self._savepoints[-1].owner is None:
+            self._savepoints[-1].owner = session
+
+    def savepoint_over(self, *, released: bool) -> None:
+        """What is released belongs to the one around it, whoever that is."""
+        over = self._savepoints.pop() if self._savepoints else _Savepoint()
+        if not released:
+            self._commit_undone |= over.foreign
+        elif self._savepoints:
+            around = self._savepoints[-1]
+            around.foreign |= over.foreign or over.owner is not around.owner
 
     def _require_rest(self) -> None:
         """:raises TransactionFailed: another statement would be part of what was left open, or
@@ -261,6 +297,11 @@ def watch(engine: Engine, *, begin_immediate: bool) -> None:
         event.listen(engine, "begin", _begin_immediate)
     event.listen(engine, "commit", _refuse_commit)
     event.listen(engine, "before_cursor_execute", _refuse_commit_as_text)
+    if not event.contains(Session, "after_begin", _note_session):
+        event.listen(Session, "after_begin", _note_session)
+    event.listen(engine, "savepoint", _note_savepoint)
+    event.listen(engine, "release_savepoint", _note_release)
+    event.listen(engine, "rollback_savepoint", _note_rollback)
     event.listen(engine, "handle_error", _note_conflict)
 
 
@@ -293,6 +334,26 @@ def _refuse() -> NoReturn:
         " To commit a part of it use connection.begin_nested(), or a Session with"
         ' join_transaction_mode="create_savepoint", or transaction() of psycopg\'s connection'
     )
+
+
+def _note_savepoint(connection: Connection, name: str) -> None:
+    if (transaction := _joined(connection)) is not None:
+        transaction.savepoint_begun()
+
+
+def _note_session(session: Session, transaction: object, connection: Connection) -> None:
+    if (joined := _joined(connection)) is not None:
+        joined.session_begun(session)
+
+
+def _note_release(connection: Connection, name: str, context: object) -> None:
+    if (transaction := _joined(connection)) is not None:
+        transaction.savepoint_over(released=True)
+
+
+def _note_rollback(connection: Connection, name: str, context: object) -> None:
+    if (transaction := _joined(connection)) is not None:
+        transaction.savepoint_over(released=False)
 
 
 def _note_conflict(context: ExceptionContext) -> None:
