@@ -237,6 +237,21 @@ def test_a_doubtful_claim_is_looked_for_a_while_after_the_store_first_answers(st
     assert answers[-1] - answers[1] >= 0.6, "a lease, at least"
 
 
+def test_a_doubtful_claim_is_looked_for_no_longer_than_it_would_be_kept(store, caplog):
+    """A row that has expired is in nobody's way."""
+    heartbeat = Heartbeat(store, lambda operation: None)
+    tries = []
+
+    def undo():
+        tries.append(1)
+        raise StoreUnavailable("down")
+
+    heartbeat.undo_later(make_claim(lease=0.6, retention=0.6), undo)
+    until(lambda: heartbeat._kept == {})
+    assert tries
+    assert "gave up" not in caplog.text
+
+
 def test_an_observer_of_losses_that_fails_does_not_stop_the_thread(store, caplog):
     def failing(operation):
         raise LookupError("oops")

@@ -1154,7 +1154,7 @@ def test_a_schema_that_has_gone_is_said_so(
     shop = pg_shop(charging)
     assert shop.post("one").status_code == 201
     with shop.engine.begin() as connection:
-        connection.execute(text("DROP TABLE idempotency_keys"))
+        connection.execute(text("DROP TABLE idempotency_keys CASCADE"))
     refused = shop.post("two")
     assert (refused.status_code, code(refused)) == (503, "STORE_UNAVAILABLE")
     assert "wsgi-idempotency upgrade" in caplog.text
