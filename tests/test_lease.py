@@ -237,6 +237,29 @@ def test_a_doubtful_claim_is_looked_for_a_while_after_the_store_first_answers(st
     assert answers[-1] - answers[1] >= 0.6, "a lease, at least"
 
 
+def test_claims_are_kept_however_many_ends_there_are_to_catch_up_with(store):
+    """After an outage the store answers, and a round of all would outlast the leases."""
+    heartbeat = Heartbeat(store, lambda operation: None)
+    claim = claim_of(store.memory, lease=1.5)
+    lapsed, tried = [], set()
+
+    def slow(number):
+        def undo():
+            time.sleep(0.08)
+            lapsed.append(store.memory.lookup(claim.digest).lapsed)
+            tried.add(number)
+            return False
+
+        return undo
+
+    heartbeat.start(claim, operation_of(claim))
+    for number in range(40):
+        heartbeat.undo_later(make_claim(str(number), lease=1.5), slow(number))
+    until(lambda: len(tried) == 40)
+    assert not any(lapsed)
+    heartbeat.forget_parent()
+
+
 def test_a_doubtful_claim_is_looked_for_no_longer_than_it_would_be_kept(store, caplog):
     """A row that has expired is in nobody's way."""
     heartbeat = Heartbeat(store, lambda operation: None)
