@@ -241,9 +241,11 @@ class Heartbeat:
             return True
         with changed:
             self._kept.pop(kept.key, None)
+        if kept.operation is None:
+            return True
         if done:
             logger.info("the end of %s was recorded late", kept.claim.digest.hex())
-        elif kept.operation is not None:
+        else:
             self._tell_lost(kept)
         return True
 
