@@ -168,8 +168,9 @@ class _Statement:
 
     name: bytes
     command: bytes
-    types: tuple[int, ...]
-    formats: tuple[int, ...]
+    # psycopg before 3.3 takes lists alone.
+    types: list[int]
+    formats: list[int]
 
 
 @lru_cache(maxsize=256)
@@ -183,7 +184,7 @@ def _statement(statement: str, types: tuple[int, ...]) -> _Statement:
     command = _PLACEHOLDER.sub(lambda found: numbers[found[1]], statement).encode()
     digest = hashlib.sha256(command + repr(types).encode()).hexdigest()[:32]
     name = b"wsgi_idempotency_%s" % digest.encode()
-    return _Statement(name, command, types, (_BINARY,) * len(types))
+    return _Statement(name, command, list(types), [_BINARY] * len(types))
 
 
 class Answer:
