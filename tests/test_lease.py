@@ -379,6 +379,18 @@ def test_at_the_end_a_store_that_can_not_be_reached_is_tried_once(store, caplog)
         heartbeat.stop(claim)
 
 
+def test_at_the_end_what_was_run_is_recorded_before_what_was_not_is_undone(store):
+    """Whoever waits for the process to end may not wait for all of it."""
+    heartbeat = Heartbeat(store, lambda operation: None)
+    doubtful, run = make_claim("doubtful"), make_claim("run")
+    order = []
+    heartbeat.undo_later(doubtful, lambda: order.append("undone") or True)
+    heartbeat.finish_later(run, operation_of(run), lambda: order.append("recorded") or True)
+    heartbeat.flush()
+    assert order == ["recorded", "undone"]
+    heartbeat.forget_parent()
+
+
 def test_a_thread_that_can_not_be_started_is_started_with_the_next_claim(store):
     heartbeat = Heartbeat(store, lambda operation: None)
     claim = claim_of(store.memory)

@@ -121,6 +121,8 @@ class Heartbeat:
             return
         with self._changed:
             left = [kept for kept in self._kept.values() if kept.finish is not None]
+        # What was run comes before what was not: there may not be time for all.
+        left.sort(key=lambda kept: kept.operation is None)
         reached = True
         for kept in left:
             # The process may be killed if it takes too long to end: one time-out, not many.
