@@ -14,6 +14,7 @@ from wsgi_idempotency import Outcome, hold_unknown, store_everything, store_succ
 from wsgi_idempotency.cli import main
 from wsgi_idempotency.problems import CODES, problem
 from wsgi_idempotency.protocol import NEVER_AN_OUTCOME
+from wsgi_idempotency.settings import OPTIONS
 from wsgi_idempotency.stores.tables import (
     idempotency_keys,
     idempotency_resolutions,
@@ -111,6 +112,19 @@ def test_every_command_and_its_options_are_on_the_page_of_the_command(name: str)
     }
     assert {option for option in options if f"`{option}" not in text} == set()
     assert set(re.findall(r"`(--\w[\w-]*)", section(page("command.md"), name))) <= options
+
+
+@pytest.mark.parametrize("name", ["settings.md", "defaults.md"])
+def test_every_option_is_on_the_pages_about_options(name: str) -> None:
+    """Each policy's and the middleware's; only the store has no default to explain."""
+    documented = set(re.findall(r"`(\w+)`", page(name)))
+    assert set(OPTIONS) - {"store", "policy", "routes"} - documented == set()
+
+
+def test_the_page_of_settings_has_no_option_that_there_is_not() -> None:
+    (table,) = re.findall(r"^\| setting .*?\n\n", page("settings.md"), re.DOTALL | re.MULTILINE)
+    cells = [row[0] for row in rows(table)[1:]]
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == set(OPTIONS)
 
 
 def test_the_version_has_its_section_in_the_change_log() -> None:
