@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import json
+import re
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote_plus, urlencode
+from urllib.parse import parse_qsl, quote_plus, urlencode
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from werkzeug.datastructures import FileStorage
-from werkzeug.test import encode_multipart
+from werkzeug.test import Client, encode_multipart
 
+from wsgi_idempotency import IdempotencyMiddleware, Policy, SQLStore, everyone
 from wsgi_idempotency.body import Body
 from wsgi_idempotency.errors import IncompleteBody
 from wsgi_idempotency.fingerprint import (
@@ -35,7 +40,7 @@ from wsgi_idempotency.fingerprint import (
 )
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 SECRET = b"0123456789abcdef"
 JSON = "application/json"
@@ -1010,6 +1015,101 @@ def test_a_record_of_a_later_release_equals_nothing(configured: Fingerprint) -> 
     environ, body = request(JSON), Body.of_bytes(b"{}")
     made = {compute(version, configured, environ, body) for version in (OWN, EXACT, CANONICAL, 3)}
     assert len(made) == 4
+
+
+@pytest.mark.parametrize("configured", [exact, None], ids=["exact", "none"])
+def test_a_retry_of_what_a_later_release_recorded_is_refused(
+    sqlite_url: str, configured: Fingerprint | None
+) -> None:
+    """After a downgrade: it can't be told whether it is the same, and it must not run again."""
+    ran = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        ran.append(environ["wsgi.input"].read())
+        start_response("201 Created", [])
+        return [b"done"]
+
+    store = SQLStore(sqlite_url)
+    policy = Policy(fingerprint=configured)
+    client = Client(IdempotencyMiddleware(app, store, scope=everyone, policy=policy))
+    headers = {"Idempotency-Key": "k"}
+    assert client.post("/", data=b"pay", headers=headers).status_code == 201
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql(
+            "UPDATE idempotency_keys SET fingerprint_version = 99, fingerprint = ?", (b"f" * 32,)
+        )
+    assert client.post("/", data=b"pay", headers=headers).status_code == 422
+    assert ran == [b"pay"]
+    store.close()
+
+
+# ------------------------------------------------------------------ whole requests
+
+MULTIPART = "multipart/form-data; boundary="
+
+#: Media types, and pieces whose bodies under them are nearly the same.
+SIMILAR = [
+    ([FORM, "text/plain"], ["a", "=", "&", "+"]),
+    ([JSON, "text/json"], ["1", ".0", "0", " "]),
+    ([JSON], ['{"a":1', ',"b":2', ',"a":3', "}"]),
+    ([f"{MULTIPART}A", f"{MULTIPART}AB"], ["--A", "--AB", "--", "\r\n"]),
+    ([JSON, FORM, f"{MULTIPART}A", ""], ["--A", "\r\n", "1", "="]),
+]
+
+
+TARGETS = list(itertools.product(["POST", "PATCH"], ["/", "/a", "/a?"], ["", "a", "?a"]))
+
+
+def meaning(fingerprint: Fingerprint, sent: tuple[str, str, str, str, bytes]) -> object:
+    """What was sent, less what may differ between two tries; found in a way of its own."""
+    *target, media_type, body = sent
+    content: object = body
+    if media_type.startswith(MULTIPART):
+        # Of what is before, between and behind the lines that separate, nothing may be lost.
+        line = rb"\r\n--" + media_type.removeprefix(MULTIPART).encode() + rb"(?=--|\r\n)"
+        media_type, content = MULTIPART, tuple(re.split(line, b"\r\n" + body))
+    elif fingerprint is canonical and media_type == FORM:
+        content = tuple(parse_qsl(body.decode(), keep_blank_values=True))
+    elif fingerprint is canonical and media_type == JSON:
+        with contextlib.suppress(ValueError):
+            content = repr(json.loads(body, parse_int=Decimal, parse_float=Decimal,
+                                      object_pairs_hook=unambiguous))  # fmt: skip
+    return (*target, media_type, content) if body else tuple(target)
+
+
+def unambiguous(pairs: list[tuple[str, object]]) -> list[tuple[str, object]]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name is twice")
+    return sorted(pairs)
+
+
+@both
+@pytest.mark.parametrize(
+    ("media_types", "pieces"), SIMILAR, ids=["forms", "numbers", "objects", "multipart", "kinds"]
+)
+def test_of_all_requests_made_of_a_few_pieces_those_that_are_the_same_mean_the_same(
+    fingerprint: Fingerprint, media_types: list[str], pieces: list[str]
+) -> None:
+    """Whatever their kinds of body, and whatever looks like a part of another."""
+    bodies = {
+        "".join(some).encode()
+        for length in range(6)
+        for some in itertools.product(pieces, repeat=length)
+    }
+    everything = [
+        *itertools.product(TARGETS[:1], media_types, bodies),
+        *itertools.product(TARGETS, media_types, [b"", b"a", b"1"]),
+    ]
+    version = version_of(fingerprint)
+    meanings: dict[bytes, object] = {}
+    for (method, path, query), media_type, body in everything:
+        environ = request(media_type, REQUEST_METHOD=method, PATH_INFO=path, QUERY_STRING=query)
+        made = compute(version, fingerprint, environ, Body.of_bytes(body))
+        meant = meaning(fingerprint, (method, path, query, media_type, body))
+        assert meanings.setdefault(made, meant) == meant
+    # And the other way round, but for bodies that parsers may divide in two ways.
+    if not any(media_type.startswith(MULTIPART) for media_type in media_types):
+        assert len(meanings) == len({repr(meant) for meant in meanings.values()})
 
 
 def test_nothing_is_kept_between_calls_on_many_threads() -> None:

@@ -41,7 +41,7 @@ def uwsgi(
         PROGRAM,
         "--http-socket", f"fd://{listener.fileno()}",
         "--module", application,
-        "--master", "--need-app", "--die-on-term", "--enable-threads",
+        "--master", "--need-app", "--die-on-term",
         "--processes", str(workers),
         # A request head of more than 4 KiB is refused without a word otherwise.
         "--buffer-size", "32768",
