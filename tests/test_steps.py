@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from apps.shop import query
 from servers.postgres import Postgres
+from sqlalchemy import create_engine
 from werkzeug.test import Client, TestResponse
 from werkzeug.wrappers import Response
 
@@ -33,7 +34,8 @@ from wsgi_idempotency.errors import (
     StepRefused,
     StoreUnavailable,
 )
-from wsgi_idempotency.records import Claimed
+from wsgi_idempotency.records import Claimed, Step
+from wsgi_idempotency.schema import upgrade
 from wsgi_idempotency.stores.base import Store
 from wsgi_idempotency.stores.resolving import Resolution, Resolver
 from wsgi_idempotency.testing import make_claim
@@ -474,3 +476,73 @@ def test_an_operator_keeps_the_steps_with_a_release_and_drops_them_with_a_forget
             Resolution.FORGET: "(1, 'ch_2')",
         }[action]
     )
+
+
+@pytest.mark.parametrize("given", ["a URL", "an engine"])
+def test_steps_leave_the_table_with_the_row_of_their_key(database: str, given: str) -> None:
+    engine = create_engine(database)
+    store = SQLStore(database if given == "a URL" else engine)
+    store.check()
+    for name, retention in (("forgotten", 60.0), ("purged", 0.0)):
+        claim = make_claim(name, retention=retention)
+        store.claim(claim)
+        assert store.record_step(claim.digest, claim.token, "charge", "1")
+        if name == "forgotten":
+            assert store.forget(claim.digest, claim.token)
+        else:
+            assert store.release(claim.digest, claim.token)
+            assert store.purge(10) == 1
+        assert query(database, "SELECT * FROM idempotency_steps") == []
+    store.close()
+    engine.dispose()
+
+
+def test_who_takes_over_while_a_step_is_recorded_waits_for_it_and_finds_it(
+    pg_url: str,
+) -> None:
+    """A take-over that went by would run the step again, although its worker was told that it is
+    recorded."""
+    upgrade(pg_url)
+    query(
+        pg_url,
+        "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN PERFORM pg_advisory_xact_lock(7); RETURN NEW; END$$",
+    )
+    query(
+        pg_url,
+        "CREATE TRIGGER wait BEFORE INSERT ON idempotency_steps"
+        " FOR EACH ROW EXECUTE FUNCTION wait()",
+    )
+    store = SQLStore(pg_url)
+    told: dict[str, Any] = {}
+    owner, heir = make_claim(lease=0.0), make_claim()
+    store.claim(owner)
+    seen = store.lookup(owner.digest)
+    assert seen is not None
+
+    def record() -> None:
+        told["recorded"] = store.record_step(owner.digest, owner.token, "charge", "1")
+
+    def take_over() -> None:
+        told["taken"] = store.take_over(heir, seen)
+        told["found"] = store.step(heir.digest, heir.token, "charge")
+
+    def waiting(count: int) -> bool:
+        [row] = query(pg_url, "SELECT count(*) AS n FROM pg_locks WHERE NOT granted")
+        return bool(row["n"] >= count)
+
+    engine = create_engine(pg_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7)")
+        threads = [threading.Thread(target=record), threading.Thread(target=take_over)]
+        threads[0].start()
+        while not waiting(1):
+            assert threads[0].is_alive()
+        threads[1].start()
+        while threads[1].is_alive() and not waiting(2):
+            pass
+    for thread in threads:
+        thread.join()
+    assert told == {"recorded": True, "taken": Claimed(2), "found": Step("1")}
+    engine.dispose()
+    store.close()
