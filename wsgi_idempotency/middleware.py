@@ -268,6 +268,7 @@ class _Request:
         self._races = 0
         # Whether a statement for the claim may be on its way still, and what undoes it.
         self._doubtful = False
+        self._asked = 0.0  # when a claim was asked for, on time.monotonic()
         self._undo = middleware.store.forget
         self.rebuilds = False  # the operation is done, and its response is to be made
         # For observers alone.
@@ -396,8 +397,12 @@ class _Request:
         """
         standing: Claimed | protocol.Replay | None = None
         try:
-            claim, standing = self._look(claim)
-            return claim, standing
+            while True:
+                claim, found = self._look(claim)
+                if not isinstance(found, Claimed) or self._in_time(claim):
+                    standing = found
+                    return claim, standing
+                claim = replace(claim, token=os.urandom(16))
         except BaseException as exc:
             if not isinstance(exc, Exception):
                 self._doubtful = True
@@ -405,6 +410,20 @@ class _Request:
         finally:
             if not isinstance(standing, Claimed):
                 self.undo_doubtful(claim)
+
+    def _in_time(self, claim: Claim) -> bool:
+        """Whether the claim stands now that its handler is about to begin. A process that was
+        paused since it asked for it finds out here that somebody else has taken it over."""
+        if time.monotonic() - self._asked <= claim.lease:
+            return True
+        try:
+            renewed = self.ask(
+                self.middleware.store.renew, [(claim.digest, claim.token, claim.lease)]
+            )
+        except StoreError:
+            self._doubtful = True
+            raise
+        return claim.token in renewed
 
     def _look(self, claim: Claim) -> tuple[Claim, Claimed | protocol.Replay]:
         """Look again until there is something, for as long as the policy lets it wait."""
@@ -436,6 +455,7 @@ class _Request:
     def _claim(self, call: Callable[..., _T], *args: object) -> _T:
         """Ask for a claim, and again where the connection broke: it may have been dead in the
         pool, since a restart of the server. What was asked first may be on its way still."""
+        self._asked = time.monotonic()
         try:
             try:
                 return self.ask(call, *args)
