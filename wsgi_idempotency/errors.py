@@ -102,3 +102,8 @@ class StepNotStorable(IdempotencyError, ValueError):
 class GuardRefused(IdempotencyError, RuntimeError):
     """Raised when a session can't be guarded: the policy or the store doesn't allow it, or the
     session's database is not the store's."""
+
+
+class ForeignWrite(UserWarning):
+    """Warned of, in development, when a handler that runs in a transaction writes on another
+    connection: that is committed by itself, whatever becomes of the operation."""

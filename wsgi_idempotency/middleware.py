@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import sys
 import threading
 import time
 import weakref
@@ -150,9 +151,12 @@ class IdempotencyMiddleware:
         policies = [policy, *(route.policy for route in routes)]
         self._methods = frozenset().union(*(p.methods for p in policies if p is not None))
         self._unjoined: set[int] = set()
-        if any(p.transaction for p in policies if p is not None) and not isinstance(
-            self.store, TransactionalStore
-        ):
+        transactional = any(p.transaction for p in policies if p is not None)
+        if transactional and sys.flags.dev_mode:
+            from wsgi_idempotency import foreign_writes
+
+            foreign_writes.watch()
+        if transactional and not isinstance(self.store, TransactionalStore):
             raise ConfigurationError(
                 f"transaction=True needs a store whose transactions an application can join;"
                 f" {type(self.store).__name__} is none, use PostgreSQL or SQLite"

@@ -41,6 +41,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -54,7 +55,18 @@ from wsgi_idempotency.stores.base import StepStore, Store
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = ["CrashPoint", "StoreConformance", "crash_at", "make_claim"]
+__all__ = ["CrashPoint", "StoreConformance", "crash_at", "foreign_writes_warned_of", "make_claim"]
+
+
+def foreign_writes_warned_of() -> AbstractContextManager[None]:
+    """Within it, what a handler with ``Policy(transaction=True)`` writes on another connection of
+    SQLAlchemy's than ``current_operation.connection`` is warned of by
+    :class:`~wsgi_idempotency.errors.ForeignWrite`. Around an application's whole suite, with that
+    warning as an error, no write is forgotten outside the transaction."""
+    from wsgi_idempotency import foreign_writes
+
+    return foreign_writes.watched()
+
 
 #: Workers in a race. More than the cores of a small machine, so that they interrupt each other.
 WORKERS = 4
