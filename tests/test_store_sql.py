@@ -455,11 +455,14 @@ def test_text_is_stored_as_it_is_whatever_the_connection_s_encoding(pg_database)
         each.close()
 
 
+@pytest.mark.parametrize("close", [True, False], ids=["libpq 17", "an older libpq"])
 def test_statements_planned_for_an_empty_table_use_the_index_when_it_has_grown(
-    postgres_server, pg_database
+    pg_database, monkeypatch, close
 ):
     """A plan is kept from the sixth execution on, and one for a table without a page reads all
     pages there will be. Nothing but we ourselves plans anew here: there is no ANALYZE."""
+    if not close:
+        monkeypatch.setattr(psycopg.capabilities, "has_send_close_prepared", lambda: False)
     store = SQLStore(pg_database, pool_size=1)
     with psycopg.connect(libpq(pg_database), autocommit=True) as connection:
         connection.execute("ALTER TABLE idempotency_keys SET (autovacuum_enabled = false)")
@@ -477,7 +480,9 @@ def test_statements_planned_for_an_empty_table_use_the_index_when_it_has_grown(
     assert scans(store) == {"Seq Scan"}
     for _ in range(150):
         operate()
-    assert scans(store) == {"Index Scan"}
+    assert "Index Scan" in scans(store)
+    if close and psycopg.capabilities.has_send_close_prepared():
+        assert "Seq Scan" not in scans(store)  # else what was prepared first is still there
     store.close()
 
 
@@ -512,15 +517,6 @@ def test_a_transaction_that_can_not_begin_is_refused(pg_database, monkeypatch, p
         store.begin(new_claim())
     monkeypatch.undo()
     store.begin(new_claim()).complete(Completion("201 Created", (), b""))
-    store.close()
-
-
-def test_with_a_libpq_that_can_not_close_statements_they_stay_prepared(pg_database, monkeypatch):
-    monkeypatch.setattr(psycopg.capabilities, "has_send_close_prepared", lambda: False)
-    store = SQLStore(pg_database, pool_size=1)
-    claim = new_claim()
-    for _ in range(40):
-        assert store.claim(claim) == Claimed(attempt=1)
     store.close()
 
 

@@ -268,12 +268,10 @@ def _executing(
 ) -> _Asking:
     server: PGconn = connection.pgconn
     if prepare:
-        refused = yield from _preparing(connection, statement)
-        if refused is not None:
-            return refused
-        send = partial(
-            server.send_query_prepared, statement.name, values, statement.formats, _BINARY
-        )
+        name = yield from _preparing(connection, statement)
+        if not isinstance(name, bytes):
+            return name
+        send = partial(server.send_query_prepared, name, values, statement.formats, _BINARY)
     else:
         send = partial(
             server.send_query_params,
@@ -316,7 +314,7 @@ def _together(server: PGconn, first: Callable[[], None], second: Callable[[], No
 
 @dataclass(slots=True)
 class _Plan:
-    """How long what was prepared stays so, in executions.
+    """Under which name a statement is prepared, and for how many executions.
 
     PostgreSQL plans a prepared statement for good at its sixth execution, and for the table as
     it is then. Of one with a few pages it reads every page rather than an index, and goes on to
@@ -325,8 +323,9 @@ class _Plan:
     than doubled, or grown by some thousand rows.
     """
 
+    name: bytes
     lasts: int = 32
-    left: int = 0
+    left: int = 32
 
 
 _LONGEST = 1024  # executions; what planning anew costs is then not to be seen
@@ -339,27 +338,30 @@ def _plans(connection: Any) -> dict[bytes, _Plan]:
 
 def _preparing(
     connection: psycopg.Connection[Any], statement: _Statement
-) -> Generator[Any, Any, PGresult | None]:
-    """Have a statement prepared; the answer if it can't be."""
+) -> Generator[Any, Any, bytes | PGresult]:
+    """Have a statement prepared; its name, or the answer if it can't be."""
     server: PGconn = connection.pgconn
-    name, plans = statement.name, _plans(connection)
-    plan = plans.pop(name, None)
-    if plan is None:
-        plan = _Plan()
-    elif plan.left or not psycopg.capabilities.has_send_close_prepared():
+    plans = _plans(connection)
+    plan = plans.get(statement.name)
+    if plan is not None and plan.left:
         plan.left -= 1
-        plans[name] = plan
-        return None
-    else:
-        # A message of the protocol's (libpq 17), which poolers that carry prepared statements
-        # over understand; DEALLOCATE they don't.
-        yield from _answer(server, partial(server.send_close_prepared, name))
-        plan.lasts = min(2 * plan.lasts, _LONGEST)
+        return plan.name
+    lasts, name = 32, statement.name
+    if plan is not None:
+        lasts = 2 * plan.lasts
+        if psycopg.capabilities.has_send_close_prepared():
+            # A message of the protocol's (libpq 17), which poolers that carry prepared
+            # statements over understand; DEALLOCATE they don't.
+            del plans[statement.name]
+            yield from _answer(server, partial(server.send_close_prepared, name))
+            lasts = min(lasts, _LONGEST)
+        else:
+            # The old one stays, one of a dozen or two in a connection's life.
+            name += b"_%d" % lasts
     made = yield from _answer(
         server, partial(server.send_prepare, name, statement.command, statement.types)
     )
     if made.status not in _GOOD:
         return made
-    plan.left = plan.lasts
-    plans[name] = plan
-    return None
+    plans[statement.name] = _Plan(name, lasts, lasts)
+    return name
