@@ -108,6 +108,13 @@ def test_stats_are_a_table_for_people(store: SQLStore, command: Command) -> None
     assert re.fullmatch(r"since \d+(\.\d)? seconds", facts["to be purged"])
 
 
+def test_a_path_in_stats_moves_no_cursor(database: str, command: Command) -> None:
+    add_rows(database, 1, path="/\x1b[2J\r\u202e", expired=-60)
+    said = command("stats").stdout
+    assert "POST /\\x1b[2J\\x0d\\u202e " in said
+    assert all(line.isprintable() for line in said.splitlines())
+
+
 def test_stats_of_one_route_have_no_sum(database: str, command: Command) -> None:
     add_rows(database, 2, expired=-60)
     assert [line.split() for line in command("stats").stdout.splitlines()[3:5]] == [
