@@ -102,8 +102,10 @@ def by_cookie(name: str) -> Scope:
 def by_header(name: str, *, digest: bool = True) -> Scope:
     """Each value of a header field, such as an API key or a tenant, has its own keys.
 
-    A field that a proxy sets must be one that it removes from what clients send. Several
-    fields of the name reach the application joined by commas, and are one value.
+    A field that a proxy sets must be one that it removes from what clients send, also when
+    it is spelled with underscores: some servers take ``X_Tenant`` for ``X-Tenant``. Several
+    fields of the name reach the application joined by commas, and are one value; under
+    cheroot it is the last of them.
 
     :param name: the field's name.
     :param digest: keep only a digest of the value; False for values that are no secret
