@@ -452,6 +452,40 @@ def test_a_duplicate_waits_for_the_commit_and_replays(open_shop: OpenShop, door:
     assert (door.runs, shop.amounts()) == (1, [1])
 
 
+def test_a_duplicate_whose_wait_the_server_cancels_is_refused(
+    pg_shop: OpenShop, door: Door
+) -> None:
+    """By a person or a statement_timeout: that says nothing of the key."""
+    shop = pg_shop(door.app, wait=30)
+    with inside(door, shop) as finish, ThreadPoolExecutor(1) as pool:
+        waiter = pool.submit(shop.post)
+        wait_for_waiters(shop, 1)
+        waiting = (
+            "SELECT pg_cancel_backend(pid) FROM pg_stat_activity"
+            " WHERE wait_event = 'advisory' AND datname = current_database()"
+        )
+        with shop.engine.connect() as connection:
+            assert connection.scalars(text(waiting)).all() == [True]
+        refused = waiter.result(30)
+        assert (refused.status_code, code(refused)) == (503, "STORE_UNAVAILABLE")
+        assert finish().status_code == 201
+    assert door.runs == 1
+
+
+def test_a_transaction_that_is_over_leaves_its_connection_to_the_next(pg_shop: OpenShop) -> None:
+    """Also where it is rolled back again."""
+    shop = pg_shop(charging, store_options={"max_transactions": 1})
+    claim = claim_of(shop)
+    first = shop.store.begin(claim)
+    assert first is not None
+    first.rollback()
+    second = shop.store.begin(claim)
+    assert second is not None
+    first.rollback()
+    second.complete(Completion("201 Made", (), b"made"))
+    assert [row["state"] for row in shop.rows()] == ["completed"]
+
+
 def wait_for_waiters(shop: Shop, count: int) -> None:
     """Until so many sessions wait for an advisory lock."""
     waiting = text(

@@ -821,9 +821,8 @@ class SQLStore:
         for _ in range(_LOOKS):
             connection = self._connect(isolation_level, wait)
             transaction = SQLTransaction(self, connection, claim)
-            entered = False
             try:
-                entered = transaction.enter(max(0.0, deadline - time.monotonic()))
+                entered = _entered(transaction, max(0.0, deadline - time.monotonic()))
                 return transaction if entered else None
             except TransactionConflict:
                 continue  # its snapshot was older than the row in its way
@@ -835,9 +834,6 @@ class SQLStore:
                 self.transactions.dispose()
             except TransactionFailed as exc:
                 raise StoreUnavailable(str(exc)) from exc
-            finally:
-                if not entered:
-                    transaction.rollback()
         raise StoreError(f"no stable answer to a claim after {_LOOKS} looks")
 
     def _connect(self, isolation_level: str | None, wait: float) -> Connection:
@@ -1073,6 +1069,17 @@ class SQLStore:
     def _upgrade_hint(self, problem: str) -> str:
         url = shown(self.url)
         return f"{problem} in {url}. Run: wsgi-idempotency upgrade --database {url}"
+
+
+def _entered(transaction: SQLTransaction, wait: float) -> bool:
+    """Begin, or leave nothing behind."""
+    entered = False
+    try:
+        entered = transaction.enter(wait)
+    finally:
+        if not entered:
+            transaction.rollback()
+    return entered
 
 
 def _with_own_pool(engine: Engine) -> Engine:
