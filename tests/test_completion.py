@@ -9,37 +9,39 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.shell_completion import BashComplete
+
+from wsgi_idempotency.cli import main
 
 COMMAND = Path(sys.executable).with_name("wsgi-idempotency")
 PAGE = Path(__file__).parent.parent / "docs" / "command.md"
 
-
-def complete(instruction: str, line: str = "", word: int = 0) -> str:
-    """What the command prints for a shell."""
-    # The variable of the documentation, which click makes of the command's name.
-    (variable,) = re.findall(r"(_\w+)=bash_source wsgi-idempotency", PAGE.read_text())
-    environment = {variable: instruction, "COMP_WORDS": line, "COMP_CWORD": str(word)}
-    done = subprocess.run(
-        [COMMAND], env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    )
-    return done.stdout
+#: The variable of the documentation; click makes it of the command's name.
+(VARIABLE,) = re.findall(r"(_\w+)=bash_source wsgi-idempotency", PAGE.read_text())
 
 
 @pytest.mark.parametrize(
-    ("line", "word", "found"),
+    ("words", "begun", "found"),
     [
-        ("wsgi-idempotency st", 1, ["stats"]),
-        ("wsgi-idempotency list --st", 2, ["--state"]),
-        ("wsgi-idempotency list --state l", 3, ["live", "lapsed"]),
-        ("wsgi-idempotency purge --for", 2, ["--forever"]),
+        ([], "st", ["stats"]),
+        (["list"], "--st", ["--state"]),
+        (["list", "--state"], "l", ["live", "lapsed"]),
+        (["purge"], "--for", ["--forever"]),
     ],
     ids=["a command", "an option", "a value", "an option of a command in another file"],
 )
-def test_bash_completes(line: str, word: int, found: list[str]) -> None:
-    said = complete("bash_complete", line, word).splitlines()
-    assert [entry.partition(",")[2] for entry in said] == found
+def test_a_shell_completes(words: list[str], begun: str, found: list[str]) -> None:
+    completion = BashComplete(main, {}, "wsgi-idempotency", VARIABLE)
+    assert [item.value for item in completion.get_completions(words, begun)] == found
 
 
-def test_the_line_of_the_documentation_is_a_script_that_bash_understands() -> None:
-    script = complete("zsh_source")
-    assert "#compdef wsgi-idempotency" in script
+def test_the_installed_command_completes_as_documented() -> None:
+    environment = {
+        VARIABLE: "bash_complete",
+        "COMP_WORDS": "wsgi-idempotency st",
+        "COMP_CWORD": "1",
+    }
+    done = subprocess.run(
+        [COMMAND], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "plain,stats\n"
