@@ -36,6 +36,7 @@ from wsgi_idempotency import (
 from wsgi_idempotency.cli import main
 from wsgi_idempotency.contract import duration, markdown, openapi, size, template
 from wsgi_idempotency.contrib.flask import Idempotency
+from wsgi_idempotency.key import KeySource
 
 
 def app(environ: Any, start_response: Any) -> Any:
@@ -116,6 +117,14 @@ def test_the_page_says_what_the_policy_is(policy: Policy, name: str, words: str)
 def test_the_page_says_whose_keys_they_are(scope: Any, words: str) -> None:
     assert said_of("Whose", scope=scope).startswith(words)
     assert said_of("Whose", policy=Policy(scope=scope)).startswith(words)
+
+
+def test_a_source_of_one_s_own_says_where_it_looks_or_is_named() -> None:
+    class Nameless(KeySource):
+        def find(self, environ: Any, body: Any) -> str | None:
+            return None
+
+    assert said_of("Where", policy=Policy(key=Nameless())).startswith("what `Nameless` finds;")
 
 
 def test_a_scope_that_flask_s_extension_calls_is_called_by_its_own_name() -> None:
@@ -228,6 +237,7 @@ def test_each_route_has_its_section_in_the_order_that_counts() -> None:
         "## `PATCH`, `POST` on all other paths",
     ]
     assert "## `PATCH`, `POST`\n" in markdown(protect())
+    assert "all other paths" not in markdown(protect(policy=None, routes=routes))
 
 
 def test_a_mounted_application_s_paths_are_told_in_full() -> None:
@@ -388,6 +398,7 @@ def test_two_policies_that_answer_otherwise_have_components_of_their_own() -> No
         ("/orders/<int:id>/pay", "/orders/{id}/pay"),
         ("/a/<b>", "/a/{b}"),
         (r"/a/{b:\d+}/c", "/a/{b}/c"),
+        (r"/a/{b:\d{2,4}}/c", "/a/{b}/c"),
         ("/a/*rest", "/a/{rest}"),
         ("/a/{b:int}", "/a/{b}"),
         (r"/^a/(?P<b>\w+)/c\.json$", "/a/{b}/c.json"),

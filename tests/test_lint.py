@@ -182,11 +182,14 @@ def test_each_url_is_told_whether_a_policy_covers_it(make: Callable[[], Any]) ->
 
 DJANGO = '''
 from django.conf import settings
+from django.conf.urls.i18n import i18n_patterns
 from django.core.wsgi import get_wsgi_application
 from django.http import HttpResponse
 from django.urls import include, path, re_path
 from django.views import View
 from test_lint_parts import protect
+
+settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], LOGGING_CONFIG=None)
 
 def view(request, **variables):
     raise NotImplementedError
@@ -219,9 +222,9 @@ urlpatterns = [
     path("books", Books.as_view()),
     path("set", ViewSet()),
     re_path(r"^odd/(?=impossible)nothing$", view),
+    *i18n_patterns(path("translated", view)),
 ]
 
-settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], LOGGING_CONFIG=None)
 application = protect(get_wsgi_application())
 '''
 
@@ -268,6 +271,7 @@ def test_django_s_url_map_is_walked_from_where_one_stands(tmp_path: Path) -> Non
         "/log-in": "uncovered",
         "/set": "uncovered",
         r"/^odd/(?=impossible)nothing$": "unknown",
+        "/en-us/translated": "uncovered",
     }
 
 
@@ -369,13 +373,77 @@ def test_pyramid_s_traversal_and_views_for_any_method_are_looked_at() -> None:
     assert [one.rule for one in found] == ["/any", "/no-view", "/pay"]
 
 
-def test_what_no_candidate_fits_is_left_to_a_person() -> None:
+def test_a_converter_s_values_are_found() -> None:
     app = Flask("shop")
     app.add_url_rule("/<any(north, south):pole>", "pole", view, methods=["POST"])
     app.add_url_rule("/<string(length=3):code>/x", "code", view, methods=["POST"])
     app.add_url_rule("/built", "built", view, methods=["POST"], build_only=True)
     verdicts = {one.name: one.verdict for one in lint(protect(app, policy=STRICT, routes=()))}
     assert verdicts == {"pole": Verdict.PROTECTED, "code": Verdict.PROTECTED}
+
+
+def flask_oddity() -> Any:
+    app = Flask("shop")
+    app.add_url_rule("/<string(length=50):code>", "code", view, methods=["POST"])
+    return app
+
+
+def pyramid_oddity() -> Any:
+    config = Configurator()
+    config.add_route("code", "/{code:[A-Z]{9}}", request_method="POST")
+    return config.make_wsgi_app()
+
+
+def bottle_oddity() -> Any:
+    app = bottle.Bottle()
+    app.post("/<code:re:[A-Z]{9}>", callback=view)
+    app.post("/<number:int>/<code:re:[A-Z]{9}>", callback=view)
+    return app
+
+
+def falcon_oddity() -> Any:
+    class Oddity:
+        def on_post(self, request: object, response: object, code: object) -> None:
+            raise NotImplementedError
+
+    app = falcon.App()
+    app.add_route("/{code:dt}", Oddity())
+    return app
+
+
+@pytest.mark.parametrize(
+    "make",
+    [flask_oddity, pyramid_oddity, bottle_oddity, falcon_oddity],
+    ids=lambda make: make.__name__,
+)
+def test_what_no_candidate_fits_is_left_to_a_person(make: Callable[[], Any]) -> None:
+    """Even where one policy covers everything: nobody has looked."""
+    found = lint(protect(make(), policy=STRICT, routes=()))
+    assert {one.verdict for one in found} == {Verdict.UNKNOWN}
+
+
+def test_the_rule_of_another_route_is_none_of_a_rule_s_paths() -> None:
+    """Bottle tries fixed rules first, and rules of another method not at all."""
+    app = bottle.Bottle()
+    app.post("/<name>", callback=view)
+    app.post("/1", callback=view)
+    verdicts = [(one.rule, one.found) for one in lint(protect(app, routes=[Route("/1", STRICT)]))]
+    assert verdicts == [
+        ("/<name>", "no policy covers it"),
+        ("/1", "protected; a request without a key is refused"),
+    ]
+
+
+def test_a_bound_method_leads_to_what_its_object_wraps() -> None:
+    class Wrapper:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        def handle(self, environ: Any, start_response: Any) -> Any:
+            raise NotImplementedError
+
+    found = lint(protect(Wrapper(flask_shop()).handle, policy=STRICT, routes=()))
+    assert {one.verdict for one in found} == {Verdict.PROTECTED}
 
 
 # ---------------------------------------------------------------- the command

@@ -23,7 +23,7 @@ from wsgi_idempotency.middleware import IdempotencyMiddleware
 from wsgi_idempotency.policy import Policy
 from wsgi_idempotency.protocol import Action, Outcome
 from wsgi_idempotency.records import Lapse
-from wsgi_idempotency.urls import endpoints, kind_of, middlewares, parts
+from wsgi_idempotency.urls import PYRAMID_VARIABLE, endpoints, kind_of, middlewares, parts
 
 #: Codes that a client gets with a Retry-After.
 RETRY_AFTER = frozenset({"CONFLICT", "COMMIT_UNKNOWN", "STORE_UNAVAILABLE", "TRANSACTION_CONFLICT"})
@@ -394,7 +394,7 @@ def _operations(app: Any) -> Iterator[tuple[str, Iterable[str], Section]]:
 
 #: ``<int:id>`` of werkzeug and Django, ``{id:\d+}`` and ``*rest`` of Pyramid,
 #: ``{id:int}`` of Falcon, ``(?P<id>...)`` of Django.
-_VARIABLE = re.compile(r"\(\?P<(\w+)>[^()]*\)|<(?:[^<>]*:)?(\w+)>|{(\w+)[^{}]*}|\*(\w+)$")
+_VARIABLE = re.compile(rf"\(\?P<(\w+)>[^()]*\)|<(?:[^<>]*:)?(\w+)>|{PYRAMID_VARIABLE}|\*(\w+)$")
 
 #: Bottle has the name in front.
 _OF_BOTTLE = re.compile(r"<(\w+):[^<>]*>")

@@ -23,6 +23,9 @@ WRAPPED = ("app", "wsgi_app", "application")
 #: What stands for a variable part of a path: the first that fits, each where it fits.
 CANDIDATES = ("1", "a", "2f1c9a5e-0d3b-4c1a-9f5e-6b7a8c9d0e1f", "2026-01-31", "1.5", "a/b")
 
+#: ``{name}`` or ``{name:regex}``, in which braces may be.
+PYRAMID_VARIABLE = r"{(\w+)(?::(?:[^{}]|{[^{}]*})*)?}"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -208,7 +211,7 @@ def _of_pyramid(app: Any, candidates: tuple[str, ...]) -> Iterator[Endpoint]:
     }
     mapper = app.registry.queryUtility(IRoutesMapper)
     for route in mapper.get_routes() if mapper is not None else ():
-        names = re.findall(r"{(\w+)[^}]*}", route.pattern)
+        names = re.findall(PYRAMID_VARIABLE, route.pattern)
         rest = re.findall(r"\*(\w+)$", route.pattern)
 
         def make(
