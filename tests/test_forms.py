@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import queue
 import sqlite3
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import pytest
 from apps.gate import Gate, wait_at
@@ -84,9 +86,28 @@ class Shop:
         assert rows
 
 
+@pytest.fixture
+def sent() -> queue.Queue[str]:
+    """Has an entry for each form that has reached the server."""
+    return queue.Queue()
+
+
+def counting(app: Any, sent: queue.Queue[str]) -> Any:
+    def counted(environ, start_response):
+        if environ["REQUEST_METHOD"] == "POST":
+            sent.put(environ["PATH_INFO"])
+        return app(environ, start_response)
+
+    return counted
+
+
 @pytest.fixture(params=[True], ids=["protected"])
 def shop(
-    request: pytest.FixtureRequest, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    gate: Gate,
+    sent: queue.Queue[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Shop]:
     """examples/form_shop.py; with the parameter False, without its middleware."""
     file = tmp_path / "shop.db"
@@ -95,7 +116,7 @@ def shop(
     monkeypatch.delitem(sys.modules, "form_shop", raising=False)
     module = importlib.import_module("form_shop")
     middleware = module.app.wsgi_app
-    handler, sent = middleware.app, queue.Queue()
+    handler = middleware.app
 
     def gated(environ, start_response):
         if environ["REQUEST_METHOD"] == "POST":
@@ -104,14 +125,7 @@ def shop(
         return handler(environ, start_response)
 
     middleware.app = gated
-    outermost = middleware if request.param else gated
-
-    def counted(environ, start_response):
-        if environ["REQUEST_METHOD"] == "POST":
-            sent.put(environ["PATH_INFO"])
-        return outermost(environ, start_response)
-
-    with http.werkzeug(counted) as address:
+    with http.werkzeug(counting(middleware if request.param else gated, sent)) as address:
         yield Shop(address, file, gate, sent)
     middleware.store.close()
     module.engine.dispose()
@@ -263,7 +277,9 @@ def test_a_form_that_was_filled_in_wrongly_keeps_its_key(browser: Chrome, shop: 
 
 
 @pytest.fixture
-def demo_url(sqlite_url: str, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def demo_url(
+    sqlite_url: str, gate: Gate, sent: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """The demo, whose payment provider takes the time that the gate gives it."""
     waits = types.SimpleNamespace(
         sleep=lambda seconds: wait_at(gate.address, {"pid": os.getpid(), "attempt": None})
@@ -272,8 +288,14 @@ def demo_url(sqlite_url: str, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> It
     engine = create_engine(sqlite_url)
     demo.metadata.create_all(engine)
     engine.dispose()
-    with http.werkzeug(demo.create_app(sqlite_url)) as address:
+    with http.werkzeug(counting(demo.create_app(sqlite_url), sent)) as address:
         yield "http://{}:{}/".format(*address)
+
+
+def rows_of(demo_url: str) -> int:
+    """How many charges are in the ledger."""
+    with urlopen(f"{demo_url}ledger") as answer:
+        return int(json.load(answer)["rows"])
 
 
 @pytest.mark.parametrize(
@@ -282,7 +304,13 @@ def demo_url(sqlite_url: str, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> It
     ids=["off", "on"],
 )
 def test_the_demo_s_form_shows_what_two_clicks_charge(
-    browser: Chrome, demo_url: str, gate: Gate, door: str, charges: int, words: str
+    browser: Chrome,
+    demo_url: str,
+    gate: Gate,
+    sent: queue.Queue[str],
+    door: str,
+    charges: int,
+    words: str,
 ) -> None:
     visit(browser, demo_url)
     path = f"//form[@action='{door}/orders']//button"
@@ -290,10 +318,13 @@ def test_the_demo_s_form_shows_what_two_clicks_charge(
     click_again = click(browser, pay)
     waiting = [gate.arrival()]
     click_again()
+    for _ in range(2):
+        assert sent.get(timeout=TIMEOUT) == f"/{door}/orders"
     if door == "unprotected":
         waiting.append(gate.arrival())
-    for handler in waiting:
+    for number, handler in enumerate(waiting, 1):
         handler.let_pass()
+        until(browser, lambda _, number=number: rows_of(demo_url) == number)
     verdict = until(browser, see.presence_of_element_located((By.ID, "verdict")))
     assert urlsplit(browser.current_url).path.startswith("/orders/")
     assert words in verdict.text

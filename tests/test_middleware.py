@@ -2288,6 +2288,29 @@ def test_a_handler_sees_its_operation_and_may_overrule_the_policy():
     refused(post(client, "k2"), 409, "OUTCOME_UNKNOWN", "false")
 
 
+@pytest.mark.parametrize("path", ["/kept", "/other"])
+def test_a_handler_overrules_the_policy_of_its_route_too(path):
+    app = App("500 Oh")
+
+    def answer(environ, start_response):
+        if environ["HTTP_X_CHOICE"]:
+            getattr(environ[ENVIRON_KEY], environ["HTTP_X_CHOICE"])()
+        return App.answer(app, environ, start_response)
+
+    app.answer = answer
+    routes = [Route("/kept", Policy(outcomes=store_everything))]
+    _, client = wrap(app, routes=routes, policy=Policy(outcomes=hold_unknown))
+    for choice in ("release", "forget", ""):
+        assert "Idempotency-Replayed" not in post(client, path=path, X_Choice=choice).headers
+    assert app.executions == 3
+    answer = post(client, path=path, X_Choice="")
+    if path == "/kept":
+        assert answer.headers["Idempotency-Replayed"] == "true"
+    else:
+        refused(answer, 409, "OUTCOME_UNKNOWN", "false")
+    assert app.executions == 3
+
+
 FORKING = """
 import os, sys
 sys.path[:0] = {path!r}
