@@ -820,18 +820,19 @@ def test_a_commit_whose_answer_is_lost_is_found_out(
 def test_a_commit_that_is_on_its_way_is_waited_for(pg_shop: OpenShop, commits: bool) -> None:
     """The key's lock says that its transaction isn't over, and nobody may be told anything."""
     with through_proxy(pg_shop, "withheld") as shop:
-        over, answers = shop.store._transaction_over, list[bool]()
+        lookup, looks = shop.store.lookup, list[object]()
 
-        def watched(digest: bytes) -> bool:
-            answers.append(over(digest))
-            if answers == [False]:
+        def watched(digest: bytes) -> Any:
+            looks.append(lookup(digest))
+            if looks == [None]:
                 assert shop.proxy is not None
                 shop.proxy.let_go(commits=commits)
-            return answers[-1]
+            return looks[-1]
 
-        shop.store._transaction_over = watched  # type: ignore[method-assign]
+        shop.store.lookup = watched  # type: ignore[method-assign]
         assert shop.post().status_code == (201 if commits else 503)
-    assert answers[0] is False
+    assert looks[0] is None
+    assert len(looks) > 1
     assert shop.amounts() == ([1] if commits else [])
     assert len(shop.rows()) == len(shop.amounts())
 

@@ -85,7 +85,6 @@ class SQLTransaction:
         self._conflict = False
         self._may_have_written = True
         self._joined = False
-        self._over = False
         self._savepoints: list[_Savepoint] = []  # those that are open, from the outermost
         self._commit_undone = False
         self.claimed: Claimed | None = None
@@ -135,9 +134,6 @@ class SQLTransaction:
             self.rollback()
 
     def rollback(self) -> None:
-        if self._over:
-            return
-        self._over = True
         try:
             if not (self._connection.closed or self._connection.invalidated):
                 self._connection.info.pop(_JOINED, None)
