@@ -20,6 +20,7 @@ from wsgi_idempotency.testing import (
     SETTLEMENTS,
     Situation,
     StoreConformance,
+    TransactionalConformance,
     each,
     lookup,
     make_claim,
@@ -81,7 +82,7 @@ class SQLConformance(StoreConformance):
         assert (after.expires_at, after.created_at) == (before.expires_at, before.created_at)
 
 
-class TestSQLite(SQLConformance):
+class TestSQLite(TransactionalConformance, SQLConformance):
     @pytest.fixture(autouse=True)
     def storage(self, sqlite_url: str) -> None:
         self.process_argument = sqlite_url
@@ -90,7 +91,7 @@ class TestSQLite(SQLConformance):
         return SQLStore("sqlite:////no/such/directory/keys.db", timeout=0.5)
 
 
-class TestPostgreSQL(SQLConformance):
+class TestPostgreSQL(TransactionalConformance, SQLConformance):
     @pytest.fixture(autouse=True)
     def storage(self, database: str, postgres: Postgres) -> None:
         self.process_argument = database

@@ -41,7 +41,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -50,12 +50,19 @@ import pytest
 from wsgi_idempotency.crashing import CrashPoint, crash_at
 from wsgi_idempotency.errors import StoreUnavailable
 from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State, Step
-from wsgi_idempotency.stores.base import StepStore, Store
+from wsgi_idempotency.stores.base import StepStore, Store, Transaction, TransactionalStore
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = ["CrashPoint", "StoreConformance", "crash_at", "foreign_writes_warned_of", "make_claim"]
+__all__ = [
+    "CrashPoint",
+    "StoreConformance",
+    "TransactionalConformance",
+    "crash_at",
+    "foreign_writes_warned_of",
+    "make_claim",
+]
 
 
 def foreign_writes_warned_of() -> AbstractContextManager[None]:
@@ -1523,6 +1530,136 @@ class StoreConformance:
                 call()
             assert time.monotonic() - start < 15
         store.close()
+
+
+class TransactionalConformance:
+    """What :class:`~wsgi_idempotency.stores.base.TransactionalStore` promises; a store that has
+    transactions inherits this beside :class:`StoreConformance`.
+
+    Override :meth:`kill` if its connections are not SQLAlchemy's.
+    """
+
+    @pytest.fixture
+    def transactional(self, store: Store) -> TransactionalStore:
+        """The store, known to have transactions."""
+        assert isinstance(store, TransactionalStore)
+        return store
+
+    def kill(self, transaction: Transaction) -> None:
+        """End a transaction's connection as a worker's death does; by default by closing the
+        driver's."""
+        transaction.connection.connection.driver_connection.close()
+
+    def test_a_fresh_key_is_granted_in_its_transaction(
+        self, transactional: TransactionalStore
+    ) -> None:
+        with begun(transactional, make_claim()) as transaction:
+            assert transaction.claimed == Claimed(attempt=1)
+            assert transaction.seen is None
+
+    def test_nobody_else_may_claim_while_a_transaction_has_the_key(
+        self, transactional: TransactionalStore
+    ) -> None:
+        """None, or on a store of one writer at a time StoreUnavailable."""
+        with begun(transactional, make_claim()):
+            second = None
+            with suppress(StoreUnavailable):
+                second = transactional.begin(make_claim(token=b"2" * 16))
+            assert second is None
+
+    def test_a_completion_is_committed_with_its_response(
+        self, transactional: TransactionalStore
+    ) -> None:
+        claim = make_claim()
+        with begun(transactional, claim) as transaction:
+            transaction.complete(DONE)
+        record = lookup(transactional, claim)
+        assert (record.state, record.token) == (State.COMPLETED, claim.token)
+        assert (record.status, record.headers, record.body) == (
+            DONE.status,
+            DONE.headers,
+            DONE.body,
+        )
+        assert_seen(transactional, make_claim(token=b"2" * 16), record)
+
+    def test_a_rollback_leaves_nothing_and_frees_the_key(
+        self, transactional: TransactionalStore
+    ) -> None:
+        claim = make_claim()
+        with begun(transactional, claim) as transaction:
+            transaction.rollback()
+            transaction.rollback()
+            assert transactional.lookup(claim.digest) is None
+        with begun(transactional, make_claim(token=b"2" * 16)) as second:
+            assert second.claimed == Claimed(attempt=1)
+
+    def test_a_dead_connection_frees_the_key(self, transactional: TransactionalStore) -> None:
+        claim = make_claim()
+        with begun(transactional, claim) as transaction:
+            self.kill(transaction)
+            until(lambda: transactional.lookup(claim.digest) is None)
+            second = None
+            deadline = time.monotonic() + 10
+            while second is None and time.monotonic() < deadline:
+                second = transactional.begin(make_claim(token=b"2" * 16), wait=1.0)
+            assert second is not None
+            assert second.claimed == Claimed(attempt=1)
+            second.rollback()
+
+    def test_what_is_lost_before_the_commit_is_not_recorded(
+        self, transactional: TransactionalStore
+    ) -> None:
+        claim = make_claim()
+        with begun(transactional, claim) as transaction:
+            self.kill(transaction)
+            with pytest.raises(StoreUnavailable):
+                transaction.complete(DONE)
+        assert transactional.lookup(claim.digest) is None
+
+    def test_another_payload_is_seen_as_such(self, transactional: TransactionalStore) -> None:
+        claim = make_claim()
+        with begun(transactional, claim) as transaction:
+            transaction.complete(DONE)
+        with begun(transactional, make_claim(token=b"2" * 16, fingerprint=b"other")) as second:
+            assert second.claimed is None
+            assert second.seen is not None
+            assert second.seen.fingerprint == claim.fingerprint
+
+    @each(RERUNNABLE | EXPIRED)
+    def test_a_row_that_is_free_is_taken_over_or_left_as_it_was(
+        self, transactional: TransactionalStore, situation: Situation
+    ) -> None:
+        owner = situation.arrange(transactional)
+        before = lookup(transactional, owner)
+        for ends in ("rollback", "complete"):
+            heir = make_claim(token=secrets.token_bytes(16))
+            with begun(transactional, heir) as transaction:
+                assert transaction.seen is not None
+                assert transaction.take_over(heir, transaction.seen) is not None
+                if ends == "complete":
+                    transaction.complete(DONE)
+            after = lookup(transactional, owner)
+            if ends == "rollback":
+                assert (after.state, after.token) == (before.state, before.token)
+            else:
+                assert (after.state, after.token) == (State.COMPLETED, heir.token)
+
+
+@contextmanager
+def begun(store: TransactionalStore, claim: Claim) -> Iterator[Transaction]:
+    """A transaction that is over at the end, whatever happens."""
+    transaction = store.begin(claim)
+    assert transaction is not None
+    try:
+        yield transaction
+    finally:
+        transaction.rollback()
+
+
+def assert_seen(store: TransactionalStore, claim: Claim, record: Record) -> None:
+    with begun(store, claim) as transaction:
+        assert transaction.claimed is None
+        assert still(transaction.seen) == still(record)
 
 
 def the_one(answers: tuple[Claimed | Record, ...]) -> int:

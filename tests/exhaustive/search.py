@@ -445,7 +445,9 @@ class Search:
                 self._broken("HOLD", f"client {i} is granted what client {j} holds")
             if other.fate == RUNNING and not other.lapsed:
                 self._broken("P1", f"client {i} is granted what client {j} still has")
-            if other.fate == RUNNING and self.clients[j].lapse == "hold":
+            # What ran in a transaction is known: undone with it.
+            left = self.clients[j].lapse == "hold" and not self.clients[j].transacts
+            if other.fate == RUNNING and left:
                 self._broken("HOLD", f"client {i} is granted what client {j} has left unknown")
         clients = tuple(
             other._replace(fate=NOTHING) if other.fate == RELEASED else other for other in clients
