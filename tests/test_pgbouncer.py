@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +22,7 @@ from apps.shop import (
     expect_one,
     kill_mid_handler,
     open_shop,
+    post_in_vain,
     query,
     replayed,
     until,
@@ -151,6 +153,27 @@ def test_a_killed_worker_is_held_or_overtaken_once(
             else:
                 expect_one(at_once(50, lambda _, shop=shop: shop.post("k")))
                 assert shop.attempts("k") == [1, 2]
+
+
+def test_in_transaction_mode_duplicates_run_once_and_a_killed_worker_frees_its_key(
+    pooler: PgBouncer, direct: str, prepare: bool, tmp_path: Path, gate: Gate
+) -> None:
+    """The key's lock is the transaction's, so it is the pooler's connection's for as long."""
+    with open_shop(
+        through(pooler, direct),
+        tmp_path,
+        store_options={"prepare": prepare},
+        policy={"transaction": True, "wait": 20},
+        workers=4,
+    ) as shop:
+        expect_one(at_once(20, lambda _: shop.post("storm", ("X-Takes", "0.1"))))
+        assert shop.attempts("storm") == [1]
+        with background(post_in_vain, shop, at_gate(gate)) as lost:
+            os.kill(gate.arrival().pid, signal.SIGKILL)
+            lost()
+        assert [row["idempotency_key"] for row in shop.rows()] == ["storm"]
+        expect_one(at_once(10, lambda _: shop.post("k")))
+        assert shop.attempts("k") == [1, 1]
 
 
 @pytest.mark.parametrize("prepare", [False], ids=["unprepared"], indirect=True)
