@@ -6,6 +6,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+from werkzeug.wrappers import Response
 
 from wsgi_idempotency import (
     FORGET,
@@ -63,11 +65,13 @@ def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[byt
     if current_operation and operation.attempt > 1:
         current_operation.hold()
     downstream: str = operation.derive_key("charge")
+    charged: int = operation.step("charge", lambda: 900)
+    operation.guard(Session(create_engine("sqlite:///keys.db")))
     operation.store()
     operation.forget()
     operation.release()
     start_response("201 Created", [("X-Key", operation.key), ("X-Scope", operation.scope)])
-    return [downstream.encode(), str(operation.lost).encode()]
+    return [downstream.encode(), str(operation.lost).encode(), b"%d" % charged]
 
 
 def by_tenant(environ: WSGIEnvironment) -> str | None:
@@ -107,6 +111,7 @@ policies = [
     Policy(key=header("Idempotency-Key"), required=True, fingerprint=exact),
     Policy(key=first_of(form_field("key"), json_field("data.id"), delivery)),
     Policy(fingerprint=canonical, namespace="scope", outcomes=store_everything),
+    Policy(rebuild=lambda operation: Response(operation.key, 201), max_step_bytes=1024),
     Policy(fingerprint=None, outcomes=hold_unknown, on_store_failure="bypass"),
     Policy(fingerprint=first_kilobyte, outcomes=careful, replay_headers=["Set-Cookie"]),
 ]
