@@ -106,7 +106,8 @@ class Store(Protocol):
         A row that is held stays held, and its worker still has it: ``lease_until``, before
         which no reconciler looks at it, becomes no earlier.
 
-        :returns: the tokens that still hold their claim; the others have lost it.
+        :returns: the tokens that still hold their claim; the others have lost it. One whose row
+            a transaction of the application's has locked counts as held.
         :raises StoreUnavailable: the store can't be reached; leases run on as they were.
         """
 

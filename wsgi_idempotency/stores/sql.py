@@ -64,6 +64,10 @@ _T = TypeVar("_T")
 #: Each look has a new snapshot, so one is the rule and a handful the exception.
 _LOOKS = 50
 
+#: How often a row that is locked is tried to renew, and how many seconds apart. A take-over, a
+#: step or a completion has it for a round trip, and who has lost its claim by it must know.
+_LOOKS_AT_LOCKED, _LOCKED_FOR = 10, 0.03
+
 # ---------------------------------------------------------------------- PostgreSQL
 
 _PG_RECORD = """
@@ -193,9 +197,8 @@ WHERE key_digest = %(digest)s AND claim_token = %(token)s
 # A row that was held in its worker's absence stays held, since a renewal may also come after
 # the worker's own HOLD; its worker still has it, and a reconciler is to look no sooner.
 # A row that is locked is skipped, so that one transaction of an application's that has its own
-# claim's row locked (see guards.py), or waits in COMMIT, doesn't keep all others from being
-# renewed. It counts as held still: nobody takes over what is locked. Whoever has lost its
-# claim between this statement's snapshot and its lock finds out with the next renewal.
+# claim's row locked (see guards.py), and waits in COMMIT, doesn't keep all others from being
+# renewed. The answer says which were renewed, and which are the caller's by the snapshot alone.
 # Index: pk_idempotency_keys.
 _PG_RENEW = """
 WITH mine AS (
@@ -213,8 +216,10 @@ WITH mine AS (
         CASE row.state WHEN 'held' THEN row.lease_until END)
     FROM free
     WHERE row.key_digest = free.key_digest AND row.claim_token = free.claim_token
+    RETURNING row.claim_token
 )
-SELECT row.claim_token FROM idempotency_keys AS row
+SELECT row.claim_token, renewed.claim_token IS NOT NULL FROM idempotency_keys AS row
+LEFT JOIN renewed ON row.claim_token = renewed.claim_token
 JOIN mine ON row.key_digest = mine.digest AND row.claim_token = mine.token
 WHERE row.state IN ('claimed', 'held')"""
 
@@ -537,9 +542,19 @@ class _PostgreSQL:
         raise StoreUnavailable(f"no stable answer to a step after {_LOOKS} looks")
 
     def renew(self, run: _Run, claims: list[tuple[bytes, bytes, float]]) -> set[bytes]:
-        digests, tokens, leases = (list(column) for column in zip(*claims, strict=True))
-        rows = run(_PG_RENEW, {"digests": digests, "tokens": tokens, "leases": leases})
-        return {token for (token,) in rows.fetchall()}
+        kept: set[bytes] = set()
+        for look in range(_LOOKS_AT_LOCKED):
+            if look:
+                time.sleep(_LOCKED_FOR)
+            digests, tokens, leases = (list(column) for column in zip(*claims, strict=True))
+            rows = run(_PG_RENEW, {"digests": digests, "tokens": tokens, "leases": leases})
+            found = {bytes(token): renewed for token, renewed in rows.fetchall()}
+            kept |= {token for token, renewed in found.items() if renewed}
+            claims = [claim for claim in claims if found.get(claim[1]) is False]
+            if not claims:
+                return kept
+        # Locked for long: by a COMMIT of the application's. Nobody takes over meanwhile.
+        return kept | {token for _, token, _ in claims}
 
 
 class _SQLite:
