@@ -6,12 +6,12 @@ from html import escape
 
 from bench.measure import Figure
 
-_ROW, _LABEL, _BAR, _RIGHT = 22, 380, 420, 90  # pixels
+_ROW, _LABEL, _BAR, _RIGHT = 22, 480, 420, 60  # pixels
 
 
 def chart(figures: list[Figure]) -> str:
     """Median ratios as bars, their spread as lines, what they are to be at least as ticks."""
-    shown = [figure for figure in figures if figure.section == "c" and figure.ratio is not None]
+    shown = [figure for figure in figures if figure.section == "c" and figure.base == "bare"]
     width, height = _LABEL + _BAR + _RIGHT, _ROW * (len(shown) + 2)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
