@@ -168,7 +168,6 @@ class _Statement:
 
     name: bytes
     command: bytes
-    # psycopg before 3.3 takes lists alone.
     types: list[int]
     formats: list[int]
 
