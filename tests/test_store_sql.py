@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import os
 import re
 import signal
@@ -12,13 +13,15 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
 import sqlalchemy
 from sqlalchemy.pool import StaticPool
+from werkzeug.test import Client
 
-from wsgi_idempotency import SQLStore
+from wsgi_idempotency import IdempotencyMiddleware, Policy, SQLStore, current_operation
 from wsgi_idempotency.errors import (
     AnswerLost,
     ConfigurationError,
@@ -30,6 +33,9 @@ from wsgi_idempotency.errors import (
 from wsgi_idempotency.records import Claim, Claimed, Completion, Record
 from wsgi_idempotency.stores.sql import database_url, shown
 from wsgi_idempotency.testing import make_claim
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 
 def new_claim() -> Claim:
@@ -453,6 +459,60 @@ def test_text_is_stored_as_it_is_whatever_the_connection_s_encoding(pg_database)
     assert store.claim(claim) == Claimed(attempt=1)
     for each in (store, latin):
         each.close()
+
+
+def test_text_that_a_connection_s_encoding_lacks_is_not_storable(pg_database: str) -> None:
+    """LATIN1 has no euro sign. Asking again would not help."""
+    latin = SQLStore(f"{pg_database}?client_encoding=latin1")
+    with pytest.raises(NotStorable, match="can't encode character"):
+        latin.claim(dataclasses.replace(new_claim(), path="/€"))
+    claim = new_claim()
+    latin.claim(claim)
+    with pytest.raises(NotStorable, match="can't encode character"):
+        latin.complete(claim.digest, claim.token, Completion("200 €", (), b""))
+    latin.close()
+
+
+class Texts(str, enum.Enum):
+    """As an application may have them: each is a text, of a type of its own."""
+
+    SCOPE = "tenant 1"
+    KEY = "key 1"
+    STEP = "reserve"
+    STATUS = "201 Created"
+
+
+@pytest.mark.parametrize("transaction", [False, True], ids=["claimed first", "in a transaction"])
+def test_text_may_be_of_a_type_of_the_application_s(database: str, transaction: bool) -> None:
+    """The driver isn't asked how to send each value; no member of an enumeration is to cost a
+    request its claim, or a response that was sent its record."""
+    runs = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        runs.append(1)
+        if not transaction:
+            current_operation.step(Texts.STEP, lambda: 1)
+        start_response(Texts.STATUS, [("Content-Type", "text/plain")])
+        return [b"done"]
+
+    store = SQLStore(database)
+    policy = Policy(key=lambda environ, body: Texts.KEY, transaction=transaction)
+    shop = IdempotencyMiddleware(app, store, scope=lambda environ: Texts.SCOPE, policy=policy)
+    answers = [Client(shop).post("/pay") for _ in range(2)]
+    assert [(answer.status, answer.text) for answer in answers] == [("201 Created", "done")] * 2
+    assert answers[1].headers["Idempotency-Replayed"] == "true"
+    assert len(runs) == 1
+    store.close()
+
+
+def test_a_value_of_a_type_that_no_statement_has_is_refused_before_it_is_sent(
+    pg_database: str,
+) -> None:
+    store = SQLStore(pg_database)
+    with pytest.raises(TypeError, match="a value is a complex, which no statement takes"):
+        store.lookup(1j)  # type: ignore[arg-type]
+    assert store.lookup(b"none") is None
+    store.close()
 
 
 @pytest.mark.parametrize("close", [True, False], ids=["libpq 17", "an older libpq"])

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -144,6 +144,17 @@ _SENT: dict[type, tuple[int, Callable[[Any], bytes | None]]] = {
     type(None): (0, lambda _: None),
 }
 
+
+@cache
+def _how_sent(kind: type) -> tuple[int, Callable[[Any], bytes | None]]:
+    """Those of an application's own types go as what they are kinds of: a scope, a status line
+    or the name of a step may be a member of an enumeration, or a text marked as safe."""
+    for base, how in _SENT.items():
+        if issubclass(kind, base):
+            return how
+    raise TypeError(f"a value is a {kind.__name__}, which no statement takes")
+
+
 #: By a column's type: how it is read.
 _READ: dict[int, Callable[[bytes], Any]] = {
     16: lambda data: data == b"\1",
@@ -245,7 +256,7 @@ def execute(
     kinds, values = [], []
     for name in _names(statement):
         value = params[name]
-        kind, send = _SENT[type(value)]
+        kind, send = _SENT.get(type(value)) or _how_sent(type(value))
         kinds.append(kind)
         values.append(send(value))
     made = _statement(statement, tuple(kinds))

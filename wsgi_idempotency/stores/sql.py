@@ -910,7 +910,7 @@ class SQLStore:
             raise self._translate(exc) from exc
         except StoreError:
             raise
-        except OverflowError as exc:
+        except (OverflowError, UnicodeEncodeError) as exc:
             raise NotStorable(f"{self!r} refused: {_first_line(exc)}") from exc
         except BaseException:
             # A greenlet killed or a thread interrupted in the middle of a round trip:
