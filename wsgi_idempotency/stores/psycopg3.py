@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -145,7 +145,6 @@ _SENT: dict[type, tuple[int, Callable[[Any], bytes | None]]] = {
 }
 
 
-@cache
 def _how_sent(kind: type) -> tuple[int, Callable[[Any], bytes | None]]:
     """Those of an application's own types go as what they are kinds of: a scope, a status line
     or the name of a step may be a member of an enumeration, or a text marked as safe."""
