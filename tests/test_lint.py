@@ -508,6 +508,14 @@ def test_json_says_the_same(site: Any) -> None:
             ["linted_site:name"], "can't be called", id="something that is no application"
         ),
         pytest.param(["linted_site:plain"], "no URL map", id="no URL map"),
+        pytest.param(
+            ["linted_site:make"], "name it as linted_site:make()", id="a factory that is not called"
+        ),
+        pytest.param(
+            ["linted_site:broken()"],
+            "the application can't be made: KeyError: 'SHOP_SECRET'",
+            id="an application that can't be made",
+        ),
     ],
 )
 def test_the_command_is_misused_with(
@@ -515,9 +523,21 @@ def test_the_command_is_misused_with(
 ) -> None:
     monkeypatch.delenv("WSGI_IDEMPOTENCY_APP", raising=False)
     site.name, site.plain = "shop", lambda environ, start_response: []
+    site.make, site.broken = wrapped_flask, lambda: {}["SHOP_SECRET"]
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_what_an_application_prints_is_kept_out_of_the_json(site: Any) -> None:
+    def make() -> Any:
+        print("loading the shop")
+        return protect(flask_shop(), policy=STRICT, routes=())
+
+    site.make = make
+    result = run("--json", "linted_site:make()")
+    assert json.loads(result.stdout)["ok"] is True
+    assert result.stderr == "loading the shop\n"
 
 
 def test_the_environment_may_name_the_application(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import os
 import sys
+import traceback
 from collections import Counter
 from typing import Any
 
@@ -32,12 +35,30 @@ def application_of(ctx: click.Context, param: click.Parameter, value: str | None
         if value is None:
             from wsgi_idempotency.auto import from_environment
 
-            return from_environment()
-        app = load("it", value)
+            with contextlib.redirect_stdout(sys.stderr):
+                return from_environment()
+        # What the application prints meanwhile has no place in JSON.
+        with contextlib.redirect_stdout(sys.stderr):
+            app = load("it", value)
     except ConfigurationError as exc:
         raise click.BadParameter(str(exc), ctx, param) from exc
+    except Exception as exc:
+        # Where in the application it was, its author has to know.
+        traceback.print_exc()
+        raise click.BadParameter(
+            f"the application can't be made: {type(exc).__name__}: {exc}", ctx, param
+        ) from exc
     if not callable(app):
         raise click.BadParameter(f"{value} can't be called", ctx, param)
+    if inspect.isfunction(app):
+        try:
+            inspect.signature(app).bind({}, None)
+        except TypeError as exc:
+            raise click.BadParameter(
+                f"{value} doesn't take environ and start_response. If it makes the application,"
+                f" name it as {value}()",
+                ctx, param,
+            ) from exc  # fmt: skip
     return app
 
 
