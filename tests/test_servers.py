@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from servers.browser import NAMES
 from servers.http import IN_PROCESS, TESTS, Connection, Gunicorn, Response, chunked
 from servers.postgres import PostgresServer, find_programs
 
@@ -179,6 +182,51 @@ def test_the_wheels_postgresql_ends_with_the_process_that_started_it(
         if signal_sent is not None:
             runner.send_signal(signal_sent)
     assert ends(int(pid))
+
+
+HOLDERS = {
+    "gunicorn": """
+        import sys
+        from pathlib import Path
+        from servers.http import Gunicorn
+        server = Gunicorn("test_servers:echo", Path(sys.argv[1]), workers=1)
+        print(server.pid, *server.worker_pids, flush=True)
+        sys.stdin.read()
+    """,
+    "a browser": """
+        import sys
+        from pathlib import Path
+        from servers.browser import chromium
+        with chromium(Path(sys.argv[1])) as browser:
+            children = Path(f"/proc/{browser.service.process.pid}/task")
+            children = [one.read_text() for one in children.glob("*/children")]
+            print(browser.service.process.pid, *children, flush=True)
+            sys.stdin.read()
+    """,
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
+def test_what_a_killed_test_run_has_started_ends_with_it(holder: str, tmp_path: Path) -> None:
+    """Left alone, either would go on for ever."""
+    if "browser" in holder and not any(map(shutil.which, NAMES)):
+        pytest.skip("there is no Chromium here")
+    runner = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(holder), tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+    )
+    with runner:
+        pids = [int(pid) for pid in runner.stdout.readline().split()]
+        runner.kill()
+    try:
+        assert len(pids) > 1
+        assert all(map(ends, pids))
+    finally:
+        with contextlib.suppress(ProcessLookupError, IndexError):
+            os.killpg(pids[0], signal.SIGKILL)
 
 
 def test_a_missing_postgresql_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,10 @@ def locks() -> BinaryIO:
     return Path(tempfile.gettempdir(), f"wsgi-idempotency-ports-{os.geteuid()}").open("ab")
 
 
+#: For a watchdog: kill the process group ``$1``. Debian's sh takes no -- behind -KILL.
+KILL_GROUP = 'kill -s KILL -- "-$1"'
+
+
 class Watchdog:
     """Runs a shell script as soon as this process is gone, even by SIGKILL.
 

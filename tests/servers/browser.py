@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support import expected_conditions as see
 from selenium.webdriver.support.wait import WebDriverWait
+
+from servers import KILL_GROUP, Watchdog
 
 #: What distributions call it.
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -38,6 +42,28 @@ def visit(browser: Chrome, url: str) -> None:
     """Have a page in place of the one before, whose parts can no longer be found then."""
     browser.get(url)
     WebDriverWait(browser, TIMEOUT, poll_frequency=0.05).until(see.url_to_be(url))
+
+
+class Driver(Service):
+    """A chromedriver that is killed with every browser of its own when this process ends, also
+    by SIGKILL or at a time-out: left alone, both go on for ever."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, popen_kw={"start_new_session": True})
+        self._watchdog: Watchdog | None = None
+
+    def start(self) -> None:
+        super().start()
+        self._watchdog = Watchdog(KILL_GROUP, str(self.process.pid))
+
+    def kill(self) -> None:
+        """Kill it and its browser, whether they have ended or not."""
+        if self._watchdog is None:
+            return  # it has not been started, and has stopped itself
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._watchdog.dismiss()
 
 
 @contextmanager
@@ -69,12 +95,16 @@ def chromium(folder: Path) -> Iterator[Chrome]:
         f"--user-data-dir={folder}",
     ):
         options.add_argument(argument)
-    browser = Chrome(options, Service(driver))
+    service = Driver(driver)
     try:
-        browser.set_script_timeout(TIMEOUT)
-        yield browser
+        browser = Chrome(options, service)
+        try:
+            browser.set_script_timeout(TIMEOUT)
+            yield browser
+        finally:
+            browser.quit()
     finally:
-        browser.quit()
+        service.kill()
 
 
 def click(browser: Chrome, button: WebElement, times: int = 1) -> Callable[[], None]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from servers import Watchdog
+from servers import KILL_GROUP, Watchdog
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -99,7 +99,7 @@ class Gunicorn:
                 start_new_session=True,
                 pass_fds=[listener.fileno()],
             )
-        self._watchdog = Watchdog('kill -KILL -- "-$1"', str(self.process.pid))
+        self._watchdog = Watchdog(KILL_GROUP, str(self.process.pid))
         try:
             self._wait_until_ready()
         except BaseException:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from servers import Watchdog, free_port
+from servers import KILL_GROUP, Watchdog, free_port
 from servers.postgres import unprivileged_user
 
 PROGRAM_VARIABLE = "WSGI_IDEMPOTENCY_TEST_PGBOUNCER"
@@ -121,7 +121,7 @@ class PgBouncer:
             user=self._user,
             start_new_session=True,
         )
-        self._watchdog = Watchdog('kill -KILL -- "-$1"', str(self.pid))
+        self._watchdog = Watchdog(KILL_GROUP, str(self.pid))
         deadline = time.monotonic() + START_TIMEOUT
         while True:
             with contextlib.suppress(OSError), socket.create_connection(self.address, 1):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from servers import Watchdog
+from servers import KILL_GROUP, Watchdog
 from servers.http import TESTS, Address, Connection
 
 #: Where the wheel puts it; None where it isn't installed.
@@ -59,7 +59,7 @@ def uwsgi(
             start_new_session=True,
             pass_fds=[listener.fileno()],
         )
-    watchdog = Watchdog('kill -KILL -- "-$1"', str(process.pid))
+    watchdog = Watchdog(KILL_GROUP, str(process.pid))
     try:
         # The socket listens already; its first answer says that a worker is ready.
         try:
