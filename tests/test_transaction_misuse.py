@@ -223,6 +223,103 @@ def test_one_request_s_session_is_not_the_next_one_s(pg_shop: OpenShop, status: 
     assert states == [CLEAN, CLEAN]
 
 
+@pytest.mark.parametrize("end", ["cancelled", "given up"])
+def test_a_reset_that_fails_costs_nobody_the_answer(pg_shop: OpenShop, end: str) -> None:
+    """What was charged is committed by then. The session has a temporary table, which somebody
+    has locked, and so the reset has to wait."""
+    options = {"max_transactions": 1, "timeout": 10 if end == "cancelled" else 0.5}
+    shop = pg_shop(charging, store_options=options)
+    with shop.store.transactions.connect() as left_behind:
+        left_behind.execute(text("CREATE TEMP TABLE scratch (id int)"))
+        left_behind.commit()
+    with shop.engine.connect() as other, shop.engine.connect() as asking:
+        name = other.scalar(
+            text(
+                "SELECT relnamespace::regnamespace || '.scratch' FROM pg_class"
+                " WHERE relname = 'scratch'"
+            )
+        )
+        other.execute(text(f"LOCK TABLE {name}"))
+        waiting = (
+            "FROM pg_stat_activity WHERE datname = current_database()"
+            " AND query LIKE 'COMMIT; %' AND wait_event_type = 'Lock'"
+        )
+
+        def cancel() -> None:
+            while asking.scalar(text(f"SELECT pg_cancel_backend(pid) {waiting}")) is None:
+                asking.rollback()
+            other.rollback()
+
+        canceller = threading.Thread(target=cancel if end == "cancelled" else lambda: None)
+        canceller.start()
+        answer = shop.post()
+        canceller.join()
+    assert (answer.status_code, shop.amounts()) == (201, [1])
+    assert shop.post().headers["Idempotency-Replayed"] == "true"
+    with shop.store.transactions.connect() as next_one:
+        assert next_one.scalar(text("SELECT to_regclass('scratch')")) is None
+
+
+def test_a_transaction_of_the_driver_s_that_is_left_open_undoes_everything(
+    pg_shop: OpenShop,
+) -> None:
+    def leaving() -> None:
+        left.append(driver().transaction())
+        left[-1].__enter__()
+        driver().execute(INSERT)
+
+    shop = pg_shop(doing(leaving), store_options={"max_transactions": 1})
+    assert problem(shop.post()) == (500, "TRANSACTION_FAILED")
+    assert (shop.amounts(), shop.rows()) == ([], [])
+    left.clear()
+    shop.middleware.app = charging
+    assert shop.post().status_code == 201
+
+
+@pytest.mark.parametrize(
+    "change", ["SET LOCAL search_path = pg_catalog", "SET LOCAL ROLE pg_monitor"]
+)
+def test_what_hides_the_table_is_undone_before_the_response_is_recorded(
+    pg_shop: OpenShop, change: str
+) -> None:
+    """A tenant's schema or role, for the rest of the handler's transaction."""
+
+    def hiding() -> None:
+        charge(1)
+        current_operation.connection.execute(text(change))
+
+    shop = pg_shop(doing(hiding), store_options={"max_transactions": 1})
+    assert shop.post().status_code == 201
+    assert shop.post().headers["Idempotency-Replayed"] == "true"
+    assert shop.amounts() == [1]
+
+
+@pytest.mark.parametrize(
+    "change", ["SET LOCAL search_path = pg_catalog", "SET LOCAL ROLE pg_monitor"]
+)
+@pytest.mark.parametrize("given", [False, True], ids=["by the driver", "on a given engine"])
+def test_what_hides_the_table_unseen_or_is_not_ours_to_undo_undoes_everything(
+    pg_shop: OpenShop, caplog: pytest.LogCaptureFixture, given: bool, change: str
+) -> None:
+    """And is named."""
+
+    def hiding() -> None:
+        charge(1)
+        if given:
+            current_operation.connection.execute(text(change))
+        else:
+            driver().execute(change)
+
+    shop = pg_shop(doing(hiding))
+    if given:
+        shop = pg_shop(doing(hiding), given=shop.engine)
+    assert problem(shop.post()) == (500, "TRANSACTION_FAILED")
+    assert "search_path or the role have been changed" in caplog.text
+    assert (shop.amounts(), shop.rows()) == ([], [])
+    shop.middleware.app = charging
+    assert shop.post().status_code == 201
+
+
 # ---------------------------------------------------------------------- threads, and within
 
 

@@ -297,6 +297,30 @@ def _executing(
     return (yield from _answer(server, send)) if begun.status in _GOOD else begun
 
 
+def commit_and(connection: psycopg.Connection[Any], then: str) -> bool:
+    """Commit, and run ``then`` in the same round trip, in a transaction of its own.
+
+    :param then: statements without parameters, separated by semicolons.
+    :returns: whether ``then`` went well; it is committed in either case.
+    :raises psycopg.Error: as ``commit()`` would raise it; nothing is committed, unless the
+        connection was lost.
+    """
+    if connection._num_transactions:
+        connection.commit()  # which says what is wrong with that
+    command = f"COMMIT; {then}".encode()
+    committed, *others = connection.wait(_answers(connection.pgconn, command))
+    if committed.status not in _GOOD:
+        raise psycopg.errors.error_from_result(committed)
+    return all(other.status in _GOOD for other in others)
+
+
+def _answers(server: PGconn, command: bytes) -> Generator[Any, Any, list[PGresult]]:
+    # The simple query protocol takes several statements in one message.
+    server.send_query(command)
+    results: list[PGresult] = yield from generators.execute(server)
+    return results
+
+
 def _answer(server: PGconn, send: Callable[[], None]) -> _Asking:
     send()
     results: list[PGresult] = yield from generators.execute(server)

@@ -371,9 +371,11 @@ _Run = Callable[[str, Mapping[str, Any]], _Cursor]
 
 # In one string: the simple query protocol takes them in one trip.
 _PG_RESET = (
-    "SELECT pg_advisory_unlock_all(); CLOSE ALL; UNLISTEN *; RESET ALL;"
-    " RESET SESSION AUTHORIZATION; DISCARD TEMP"
+    "SELECT pg_catalog.pg_advisory_unlock_all(); CLOSE ALL; UNLISTEN *; RESET ALL;"
+    " RESET SESSION AUTHORIZATION; RESET ROLE; DISCARD TEMP"
 )
+# What our statements need to find the table and to be let at it.
+_PG_SEE = "RESET search_path; RESET SESSION AUTHORIZATION; RESET ROLE"
 
 
 class _PostgreSQL:
@@ -485,6 +487,17 @@ class _PostgreSQL:
         # Not DISCARD ALL: it would drop what psycopg has prepared.
         driver.autocommit = True
         driver.execute(_PG_RESET, prepare=False)
+
+    def see(self, driver: Any) -> None:
+        """Undo, within the transaction, what may hide the table from us."""
+        driver.execute(_PG_SEE, prepare=False)
+
+    def commit_and_reset(self, driver: Any) -> bool:
+        """Commit, and :meth:`reset` in the same trip: with no other one for a request to wait
+        for, and behind a pooler in the session that it is about. Whether that is clean."""
+        from wsgi_idempotency.stores.psycopg3 import commit_and
+
+        return commit_and(driver, _PG_RESET)
 
     def over(self, run: _Run, digest: bytes) -> bool:
         return bool(run(_PG_OVER, {"lock": _lock_of(digest)}).fetchone()[0])
@@ -601,6 +614,13 @@ class _SQLite:
 
     def reset(self, driver: Any) -> None:
         """There is nothing that would undo PRAGMAs and ATTACH."""
+
+    def see(self, driver: Any) -> None:
+        """Nothing hides it."""
+
+    def commit_and_reset(self, driver: Any) -> bool:
+        driver.commit()
+        return True
 
     def over(self, run: _Run, digest: bytes) -> bool:
         return True  # there is no server on which it could go on

@@ -51,6 +51,12 @@ _JOINED = "wsgi_idempotency.transaction"
 #: What commits in SQL (PostgreSQL documentation, COMMIT, END, PREPARE TRANSACTION).
 _COMMITS = re.compile(r"\s*(COMMIT|END|PREPARE\s+TRANSACTION)\b", re.IGNORECASE)
 
+#: What decides which tables are seen, and what may be done to them.
+_HIDES = re.compile(r"\b(search_path|role|authorization)\b", re.IGNORECASE)
+
+#: undefined_table, insufficient_privilege (PostgreSQL documentation, Appendix A).
+_HIDDEN = ("42P01", "42501")
+
 # Classes of SQLSTATE that tell of the server, not of what it was asked: connection
 # exceptions, insufficient resources, object not in its state (a lock), operator
 # intervention, system and internal errors.
@@ -84,7 +90,8 @@ class SQLTransaction:
         self._claim = claim
         self._conflict = False
         self._may_have_written = True
-        self._joined = False
+        self._to_reset = False
+        self._hidden = False
         self._savepoints: list[_Savepoint] = []  # those that are open, from the outermost
         self._commit_undone = False
         self.claimed: Claimed | None = None
@@ -94,7 +101,8 @@ class SQLTransaction:
 
     @property
     def connection(self) -> Connection:
-        self._joined = True
+        # A given engine's sessions are the application's to care for.
+        self._to_reset = self._store._given is None
         return self._connection
 
     def enter(self, wait: float) -> bool:
@@ -122,6 +130,8 @@ class SQLTransaction:
         try:
             with self._speaking():
                 self._leave_savepoints()
+                if self._hidden and self._to_reset:
+                    self._store._sql.see(self._driver)
                 if not self._record(completion):
                     # The claim went with what was written before.
                     raise TransactionFailed(
@@ -130,6 +140,14 @@ class SQLTransaction:
                         ' join_transaction_mode="create_savepoint"'
                     )
             self._commit()
+        except (SchemaError, TransactionFailed) as exc:
+            if exc.__cause__ is not None and sqlstate_of(exc.__cause__) in _HIDDEN:
+                raise TransactionFailed(
+                    f"{exc}. The response is recorded in the application's transaction, and it"
+                    " can't be where search_path or the role have been changed in it: change them"
+                    " back before the handler returns (SET LOCAL search_path, SET LOCAL ROLE)"
+                ) from exc
+            raise
         finally:
             self.rollback()
 
@@ -145,7 +163,7 @@ class SQLTransaction:
                 else:
                     # Nothing to undo; and at a rollback psycopg drops what it has prepared.
                     self._driver.commit()
-                if self._joined and self._store._given is None:
+                if self._to_reset:
                     self._store._sql.reset(self._driver)
         except Exception as exc:
             logger.info("a transaction was left to the server to roll back: %s", exc)
@@ -210,7 +228,10 @@ class SQLTransaction:
         try:
             with self._speaking():
                 self._store._sql.allow_commit(self._driver)
-                self._driver.commit()
+                if self._to_reset:
+                    self._to_reset = not self._store._sql.commit_and_reset(self._driver)
+                else:
+                    self._driver.commit()
         except ConnectionLost as exc:
             if not self._committed():
                 raise StoreUnavailable(f"{self._store!r} was lost before the commit") from exc
@@ -293,6 +314,7 @@ def watch(engine: Engine, *, begin_immediate: bool) -> None:
         event.listen(engine, "begin", _begin_immediate)
     event.listen(engine, "commit", _refuse_commit)
     event.listen(engine, "before_cursor_execute", _refuse_commit_as_text)
+    event.listen(engine, "before_cursor_execute", _note_what_hides)
     if not event.contains(Session, "after_begin", _note_session):
         event.listen(Session, "after_begin", _note_session)
     event.listen(engine, "savepoint", _note_savepoint)
@@ -322,6 +344,11 @@ def _refuse_commit_as_text(
 ) -> None:
     if _COMMITS.match(statement) and _joined(connection) is not None:
         _refuse()
+
+
+def _note_what_hides(connection: Connection, cursor: object, statement: str, *_: object) -> None:
+    if _HIDES.search(statement) and (transaction := _joined(connection)) is not None:
+        transaction._hidden = True
 
 
 def _refuse() -> NoReturn:
