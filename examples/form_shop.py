@@ -10,20 +10,21 @@ import secrets
 from datetime import timedelta
 
 from flask import Flask, abort, make_response, redirect, render_template_string, request, url_for
-from sqlalchemy import create_engine, text
+from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, insert, select
 from werkzeug.wrappers import Response
 
 from wsgi_idempotency import IdempotencyMiddleware, Policy, by_cookie, form_field, new_key
 
 database = os.environ.get("SHOP_DATABASE", "sqlite:///shop.db")
 engine = create_engine(database)
-with engine.begin() as transaction:
-    transaction.execute(
-        text(
-            "CREATE TABLE IF NOT EXISTS orders"
-            " (number integer PRIMARY KEY, visitor varchar(40), pieces integer)"
-        )
-    )
+orders = Table(
+    "orders",
+    MetaData(),
+    Column("number", Integer, primary_key=True),
+    Column("visitor", String(40)),
+    Column("pieces", Integer),
+)
+orders.create(engine, checkfirst=True)
 
 FORM = """<!doctype html>
 <title>Shop</title>
@@ -80,8 +81,15 @@ app.wsgi_app = IdempotencyMiddleware(
 @app.get("/")
 def shop():
     page = make_response(render_template_string(FORM, key=new_key(), pieces=1))
+    page.cache_control.private = True  # it has a key in it, and maybe a cookie
     if "visitor" not in request.cookies:
-        page.set_cookie("visitor", secrets.token_urlsafe(16), httponly=True, samesite="Lax")
+        page.set_cookie(
+            "visitor",
+            secrets.token_urlsafe(16),
+            secure=request.is_secure,  # behind a proxy that ends TLS, with werkzeug's ProxyFix
+            httponly=True,
+            samesite="Lax",
+        )
     return page
 
 
@@ -93,10 +101,9 @@ def order():
         error, key = "Order from 1 to 999 pieces.", request.form["idempotency_key"]
         return render_template_string(FORM, error=error, key=key, pieces=pieces or 1), 400
     with engine.begin() as transaction:
-        number = transaction.execute(
-            text("INSERT INTO orders (visitor, pieces) VALUES (:visitor, :pieces)"),
-            {"visitor": request.cookies["visitor"], "pieces": pieces},
-        ).lastrowid
+        (number,) = transaction.execute(
+            insert(orders).values(visitor=request.cookies["visitor"], pieces=pieces)
+        ).inserted_primary_key
     return redirect(url_for("placed", number=number), 303)
 
 
@@ -104,8 +111,10 @@ def order():
 def placed(number):
     with engine.connect() as connection:
         pieces = connection.scalar(
-            text("SELECT pieces FROM orders WHERE number = :number AND visitor = :visitor"),
-            {"number": number, "visitor": request.cookies.get("visitor", "")},
+            select(orders.c.pieces).where(
+                orders.c.number == number,
+                orders.c.visitor == request.cookies.get("visitor", ""),
+            )
         )
     if pieces is None:
         abort(404)

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import queue
+import re
 import sqlite3
 import sys
 import types
@@ -128,6 +129,30 @@ def shop(
     with http.werkzeug(counting(middleware if request.param else gated, sent)) as address:
         yield Shop(address, file, gate, sent)
     middleware.store.close()
+    module.engine.dispose()
+    del sys.modules["form_shop"]
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_example_takes_a_form_once_on_either_database(
+    database: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its cookie, which says whose keys they are, leaves TLS no more than it came."""
+    monkeypatch.setenv("SHOP_DATABASE", database)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.delitem(sys.modules, "form_shop", raising=False)
+    module = importlib.import_module("form_shop")
+    person = Client(module.app)
+    page = person.get("/", base_url=f"{scheme}://localhost/")
+    assert ("; Secure;" in page.headers["Set-Cookie"]) is (scheme == "https")
+    assert page.headers["Cache-Control"] == "private"
+    (key,) = re.findall('name="idempotency_key" value="([^"]+)"', page.text)
+    form = {"idempotency_key": key, "pieces": "2"}
+    sent = [person.post("/orders", data=form, base_url=f"{scheme}://localhost/") for _ in range(2)]
+    assert [(answer.status_code, answer.location) for answer in sent] == [(303, "/orders/1")] * 2
+    placed = person.get("/orders/1", base_url=f"{scheme}://localhost/")
+    assert "Order 1: 2 pieces." in placed.text
+    module.app.wsgi_app.store.close()
     module.engine.dispose()
     del sys.modules["form_shop"]
 
