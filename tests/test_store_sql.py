@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -502,6 +503,20 @@ def test_text_may_be_of_a_type_of_the_application_s(database: str, transaction: 
     assert [(answer.status, answer.text) for answer in answers] == [("201 Created", "done")] * 2
     assert answers[1].headers["Idempotency-Replayed"] == "true"
     assert len(runs) == 1
+    store.close()
+
+
+def test_a_connection_that_still_waits_for_an_answer_is_not_used_again(pg_database: str) -> None:
+    """libpq refuses whatever else is sent on it, and is not disconnected."""
+    store = SQLStore(pg_database, pool_size=1)
+    assert store.lookup(b"none") is None
+    pooled = store.engine.raw_connection()
+    before = pooled.driver_connection
+    before.pgconn.send_query(b"SELECT 1")
+    pooled.close()
+    assert store.lookup(b"none") is None
+    with closing(store.engine.raw_connection()) as pooled:
+        assert pooled.driver_connection is not before
     store.close()
 
 

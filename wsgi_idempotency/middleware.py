@@ -406,6 +406,7 @@ class _Request:
                 if not isinstance(found, Claimed) or self._in_time(claim):
                     standing = found
                     return claim, standing
+                self.undo_doubtful(claim)
                 claim = replace(claim, token=os.urandom(16))
         except BaseException as exc:
             if not isinstance(exc, Exception):
@@ -443,7 +444,7 @@ class _Request:
                 rebuilds = isinstance(decision, protocol.ResponseLost) and self.policy.rebuild
                 if isinstance(decision, protocol.TakeOver) or rebuilds:
                     claim = _succeeding(claim, answer)
-                    self._undo = store.release
+                    self._undo = store.forget if answer.expired else store.release
                     taken = self._claim(store.take_over, claim, answer)
                     if taken is not None:
                         self.rebuilds = bool(rebuilds)
