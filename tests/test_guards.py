@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -29,9 +30,9 @@ from wsgi_idempotency import (
     store_success,
 )
 from wsgi_idempotency.crashing import CrashPoint, crash_at
-from wsgi_idempotency.errors import ClaimLost, GuardRefused, StoreUnavailable
+from wsgi_idempotency.errors import ClaimLost, Disconnected, GuardRefused, StoreUnavailable
 from wsgi_idempotency.lease import Heartbeat
-from wsgi_idempotency.records import Claimed
+from wsgi_idempotency.records import Claim, Claimed, Record
 from wsgi_idempotency.stores.resolving import Resolver
 from wsgi_idempotency.stores.tables import metadata
 from wsgi_idempotency.testing import make_claim
@@ -372,6 +373,48 @@ def test_where_no_thread_can_be_started_to_keep_a_rebuild_it_is_left_to_the_next
         with pytest.raises(RuntimeError, match="thread"):
             shop.post()
     assert shop.post().text == "rebuilt for k"
+
+
+def test_a_rebuild_whose_claim_was_answered_late_is_still_a_rebuild(
+    open_shop: OpenShop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection broke once the take-over had taken effect: asked again, the store says
+    that the row is the caller's, and the handler must not run for it."""
+    shop = open_shop(rebuild=rebuild)
+    shop.crash()
+    take_over, asked = shop.store.take_over, list[Claimed | None]()
+
+    def breaks(claim: Claim, seen: Record) -> Any:
+        asked.append(take_over(claim, seen))
+        if len(asked) == 1:
+            raise Disconnected("the connection broke")
+        return asked[-1]
+
+    monkeypatch.setattr(shop.store, "take_over", breaks)
+    assert shop.post().text == "rebuilt for k"
+    assert asked == [Claimed(1, effects=True), None]
+    assert (shop.runs, shop.orders()) == (1, ["a book"])
+
+
+def test_a_key_that_is_fresh_when_a_rebuild_was_about_to_begin_is_run(
+    open_shop: OpenShop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was about to rebuild is gone: there is nothing a response could be made of."""
+    shop = open_shop(rebuild=rebuild, lease=1)
+    shop.crash()
+    take_over = shop.store.take_over
+
+    def is_paused(claim: Claim, seen: Record) -> Any:
+        monkeypatch.undo()
+        taken = take_over(claim, seen)
+        query(shop.url, "DELETE FROM orders")
+        query(shop.url, "DELETE FROM idempotency_keys")
+        time.sleep(1.05)
+        return taken
+
+    monkeypatch.setattr(shop.store, "take_over", is_paused)
+    assert shop.post().text == "bought 1"
+    assert (shop.runs, shop.orders()) == (2, ["a book"])
 
 
 def test_an_operator_is_not_asked_about_what_is_known_to_be_done(open_shop: OpenShop) -> None:

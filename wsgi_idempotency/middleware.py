@@ -437,6 +437,8 @@ class _Request:
             while True:
                 answer = self._claim(store.claim, claim)
                 if isinstance(answer, Claimed):
+                    # With effects it is a take-over of its own, whose answer was lost.
+                    self.rebuilds = answer.effects
                     return claim, answer
                 decision = protocol.decide(answer, self._fingerprint_like(answer, claim))
                 if isinstance(decision, protocol.Replay):
@@ -447,8 +449,8 @@ class _Request:
                     self._undo = store.forget if answer.expired else store.release
                     taken = self._claim(store.take_over, claim, answer)
                     if taken is not None:
-                        self.rebuilds = bool(rebuilds)
-                        if not rebuilds:
+                        self.rebuilds = taken.effects
+                        if not taken.effects:
                             self._tell_taken_over(answer, taken)
                         return claim, taken
                     self._lose_a_race()

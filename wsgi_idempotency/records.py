@@ -95,9 +95,12 @@ class Claimed:
     """The claim was granted.
 
     :param attempt: 1 for a fresh key, one more for each take-over.
+    :param effects: the effects of the operation are committed: its handler must not run, only
+        its response is to be made.
     """
 
     attempt: int
+    effects: bool = False
 
 
 @dataclass(frozen=True, slots=True)

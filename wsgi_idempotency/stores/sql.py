@@ -178,7 +178,7 @@ WHERE key_digest = %(digest)s AND claim_token = %(seen)s
             OR (state = 'claimed' AND (lapse = 'release' OR effects_at IS NOT NULL)
                 AND lease_until <= now()))
        OR {_PG_EXPIRED})
-RETURNING attempt"""
+RETURNING attempt, effects_at IS NOT NULL"""
 
 _PG_LOOKUP = f"SELECT {_PG_RECORD} FROM idempotency_keys WHERE key_digest = %(digest)s"
 
@@ -543,7 +543,7 @@ class _PostgreSQL:
             if sqlstate_of(exc) in SERIALIZATION:
                 return None
             raise
-        return None if row is None else Claimed(attempt=row[0])
+        return None if row is None else Claimed(attempt=row[0], effects=row[1])
 
     def record_step(self, run: _Run, params: Mapping[str, Any]) -> bool:
         for _ in range(_LOOKS):
@@ -1305,7 +1305,7 @@ def _storable(text: str) -> str:
 def _own_or_record(record: Record, claim: Claim) -> Claimed | Record:
     """A row with the caller's own token is a claim whose answer was lost on the way."""
     if record.token == claim.token and record.state is State.CLAIMED:
-        return Claimed(attempt=record.attempt)
+        return Claimed(attempt=record.attempt, effects=record.effects)
     return record
 
 
