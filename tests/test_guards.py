@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 from apps.shop import query
+from click.testing import CliRunner, Result
 from servers.postgres import Postgres
 from sqlalchemy import Column, Connection, Engine, Integer, String, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
@@ -21,14 +23,17 @@ from werkzeug.wrappers import Response
 from wsgi_idempotency import (
     IdempotencyMiddleware,
     MemoryStore,
+    NotExecuted,
     Operation,
     Policy,
+    Reconciler,
     SQLStore,
     everyone,
     hold_unknown,
     store_everything,
     store_success,
 )
+from wsgi_idempotency.cli import main
 from wsgi_idempotency.crashing import CrashPoint, crash_at
 from wsgi_idempotency.errors import ClaimLost, Disconnected, GuardRefused, StoreUnavailable
 from wsgi_idempotency.lease import Heartbeat
@@ -428,6 +433,67 @@ def test_an_operator_is_not_asked_about_what_is_known_to_be_done(open_shop: Open
     assert (found.effects, found.held) == (True, False)
 
 
+def command(shop: Shop, *arguments: str) -> Result:
+    runner = CliRunner(env={"WSGI_IDEMPOTENCY_DATABASE": shop.url})
+    return runner.invoke(main, [*arguments])
+
+
+def holds(operation: Operation, session: Session) -> Response:
+    buy(operation, session)
+    operation.hold()
+    return Response("somebody has to look at it", 202)
+
+
+@pytest.mark.parametrize("end", ["held", "lapsed, done", "released, done"])
+def test_an_operator_forgets_what_is_done_only_where_it_was_undone(
+    open_shop: OpenShop, end: str
+) -> None:
+    """A retry would do it again."""
+    shop = open_shop(rebuild=rebuild)
+    if end == "lapsed, done":
+        shop.crash()
+    else:
+        shop.post(holds if end == "held" else answers(400))
+    shown = command(shop, "show", "k").output
+    assert (f"{end}\n" in shown, "effects" in shown) == (True, True)
+    assert json.loads(command(shop, "show", "k", "--json").output)["operation"]["effects"]
+    for_the_record = "--reason", "no trace of it"
+    refused = command(shop, "resolve", "k", "--forget", *for_the_record)
+    assert (refused.exit_code, "Nothing was changed" in refused.output) == (1, True)
+    assert "committed in the database: it was done" in refused.output
+    misplaced = command(shop, "resolve", "k", "--release", "--undone", *for_the_record)
+    assert "--undone belongs to --forget" in misplaced.output
+    digest = bytes(shop.row()["key_digest"])
+    assert Resolver(shop.store).resolutions(digest) == []
+    query(shop.url, "DELETE FROM orders")
+    told = command(shop, "resolve", "k", "--forget", "--undone", *for_the_record)
+    assert "The key is fresh" in told.output
+    assert len(Resolver(shop.store).resolutions(digest)) == 1
+    assert shop.post().text == "bought 1"
+    assert (shop.runs, shop.orders()) == (2, ["a book"])
+
+
+def test_what_an_operator_releases_that_is_done_is_rebuilt(open_shop: OpenShop) -> None:
+    shop = open_shop(rebuild=rebuild)
+    shop.post(holds)
+    told = command(shop, "resolve", "k", "--release", "--reason", "looked at")
+    assert "It was done: its response may be rebuilt" in told.output
+    assert shop.post().text == "rebuilt for k"
+    assert (shop.runs, shop.orders()) == (1, ["a book"])
+
+
+def test_a_verdict_that_what_is_done_was_not_is_a_failure(
+    open_shop: OpenShop, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop = open_shop()
+    shop.post(holds)
+    shop.lapse()
+    counts = Reconciler(shop.store, lambda record: NotExecuted()).walk()
+    assert dict(counts) == {"failed": 1}
+    assert "can't be right: what it did is committed" in caplog.text
+    assert code(shop.post()) == "OUTCOME_UNKNOWN"
+
+
 def test_past_its_retention_a_lost_response_is_a_fresh_key(open_shop: OpenShop) -> None:
     """Also where a lapse is held: it is done, so it expires like what is completed."""
     shop = open_shop(outcomes=hold_unknown)
@@ -499,12 +565,6 @@ def test_what_a_handler_holds_is_held_also_where_its_effects_are_committed(
     open_shop: OpenShop,
 ) -> None:
     shop = open_shop(rebuild=rebuild)
-
-    def holds(operation: Operation, session: Session) -> Response:
-        buy(operation, session)
-        operation.hold()
-        return Response("somebody has to look at it", 202)
-
     shop.post(holds)
     assert code(shop.post()) == "OUTCOME_UNKNOWN"
 

@@ -231,6 +231,12 @@ class Reconciler:
         if isinstance(answer, StillUnknown):
             return self._put_off(row, STILL_UNKNOWN)
         done = isinstance(answer, Completed)
+        if row.effects and not done:
+            logger.error(
+                "the verdict on %s can't be right: what it did is committed in the database",
+                _shown(row),
+            )
+            return self._put_off(row, FAILED)
         try:
             self._resolver.resolve(
                 row.digest,

@@ -74,10 +74,14 @@ def table(rows: Iterable[Details]) -> str:
 def state_of(row: Details) -> str:
     """What a row means now, for people."""
     word: str = row.state.value
+    if row.state is State.RELEASED and row.effects:
+        return "released, done"
     if row.state is not State.CLAIMED:
         return word
     if not row.lapsed:
         return "in flight"
+    if row.effects:
+        return "lapsed, done"
     return "lapsed, held" if row.lapse is Lapse.HOLD else "lapsed, to be rerun"
 
 
@@ -89,6 +93,7 @@ def as_dict(row: Details) -> dict[str, Any]:
         "held": row.held,
         "lapsed": row.lapsed,
         "lapse": row.lapse.value,
+        "effects": row.effects,
         "attempt": row.attempt,
         "method": row.method,
         "path": row.path,
@@ -172,6 +177,8 @@ def described(row: Details) -> str:
     if not row.held:
         over = ", and counts as absent" if row.past_retention and not in_flight(row) else ""
         facts["remembered until"] = f"{moment(row.expires_at)}{over}"
+    if row.effects:
+        facts["effects"] = "committed under a guard: it was done, and doesn't run again"
     if row.completed_at is not None:
         facts["completed"] = moment(row.completed_at)
         size = row.not_replayable or f"{row.body_bytes} bytes"
@@ -278,6 +285,11 @@ max_body_option = click.option(
     help="With --complete: a header field; may be given several times.",
 )
 @max_body_option
+@click.option(
+    "--undone",
+    is_flag=True,
+    help="With --forget: what it has committed in the database was undone by hand.",
+)
 @click.option("--reason", required=True, metavar="TEXT", callback=said, help="Why, for the record.")
 @click.option(
     "--actor",
@@ -296,6 +308,7 @@ def resolve(
     body_file: BinaryIO | None,
     headers: tuple[tuple[str, str], ...],
     max_body_bytes: int,
+    undone: bool,
     reason: str,
     actor: str | None,
 ) -> None:
@@ -303,7 +316,9 @@ def resolve(
 
     KEY is the idempotency key, or the 64 hexadecimal digits of its digest. The operation
     has to be held, released or lapsed: nobody may be running it. A worker that was only
-    slow can't change it any more afterwards.
+    slow can't change it any more afterwards. One whose effects the application has committed
+    under a guard was done: it is not forgotten without --undone, and a retry of one that is
+    released gets what the policy's rebuild makes, or RESPONSE_NOT_REPLAYABLE.
     """
     if forget + release + complete != 1:
         raise click.UsageError("Give one of --forget, --release and --complete.")
@@ -312,6 +327,8 @@ def resolve(
         response = response_of(status, headers, body_file, max_body_bytes)
     elif status is not None or headers or body_file is not None:
         raise click.UsageError("--status, --header and --body-file belong to --complete.")
+    if undone and not forget:
+        raise click.UsageError("--undone belongs to --forget.")
     with store_of(database) as store:
         resolver = Resolver(store)
         row = the_one(resolver, key, scope)
@@ -324,6 +341,7 @@ def resolve(
                 reason=reason,
                 response=response,
                 max_response_bytes=max_body_bytes,
+                undone=undone,
             )
         except NotResolvable as exc:
             raise click.ClickException(f"{sentence(str(exc))} Nothing was changed.") from exc
@@ -336,6 +354,8 @@ def resolve(
             click.echo(f"Never replayed, and left out: {left_out}.")
     elif forget:
         click.echo(f"Forgotten: {name}. The key is fresh.")
+    elif row.effects:
+        click.echo(f"Released: {name}. It was done: its response may be rebuilt.")
     else:
         click.echo(f"Released: {name}. The same request may run again.")
 

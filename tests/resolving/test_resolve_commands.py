@@ -175,8 +175,8 @@ def test_list_has_everything_for_programs_but_the_token(store: SQLStore, command
     assert created == lease < expires
     assert operation == {
         "digest": claim.digest.hex(), "state": "claimed", "held": True, "lapsed": True,
-        "lapse": "hold", "attempt": 1, "method": "POST", "path": "/charges", "scope": "alice",
-        "key": "a key", "completed_at": None, "status": None, "body_bytes": None,
+        "lapse": "hold", "effects": False, "attempt": 1, "method": "POST", "path": "/charges",
+        "scope": "alice", "key": "a key", "completed_at": None, "status": None, "body_bytes": None,
         "not_replayable": None,
     }  # fmt: skip
 

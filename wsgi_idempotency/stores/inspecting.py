@@ -27,7 +27,7 @@ KINDS = ("live", "in flight", "released", "held", "lapsed, held", "lapsed", "exp
 
 _KIND = """
     CASE WHEN {expired} THEN 'expired'
-         WHEN state = 'completed' THEN 'live'
+         WHEN state = 'completed' OR (state = 'released' AND effects_at IS NOT NULL) THEN 'live'
          WHEN state = 'released' THEN 'released'
          WHEN state = 'held' THEN 'held'
          WHEN lease_until > {now} THEN 'in flight'

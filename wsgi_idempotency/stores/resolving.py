@@ -171,7 +171,10 @@ _RESOLVABLE = """
     AND (state IN ('held', 'released')
          OR (state = 'claimed' AND ({mine} OR lease_until <= {now})))"""
 
-_DELETE = "DELETE FROM idempotency_keys WHERE {resolvable}"
+# What is done is dropped only by somebody who says that it has been undone: its key would be
+# fresh, and the next retry do it again.
+_DELETE = """
+DELETE FROM idempotency_keys WHERE {resolvable} AND ({undone} OR effects_at IS NULL)"""
 
 # From now on it is remembered for as long as it was to be at first: what was held for longer
 # than its retention would otherwise be absent at once, and the next retry would run it.
@@ -255,7 +258,7 @@ _PG_RESOLUTION = {
         source="resolved",
     )
     for action, change in {
-        Resolution.FORGET: _DELETE.format(resolvable=_PG_RESOLVABLE),
+        Resolution.FORGET: _DELETE.format(resolvable=_PG_RESOLVABLE, undone="%(undone)s"),
         Resolution.RELEASE: _RELEASE.format(
             id="%(id)s", greatest="greatest", now="now()", resolvable=_PG_RESOLVABLE
         ),
@@ -358,10 +361,11 @@ _LITE_AUDIT = _AUDIT.format(
     reason=":reason",
     action=":action",
     status=":status",
-    source=f"idempotency_keys WHERE {_LITE_RESOLVABLE}",
+    source=f"""idempotency_keys WHERE {_LITE_RESOLVABLE}
+        AND (:undone OR :action <> 'forget' OR effects_at IS NULL)""",
 )
 _LITE_CHANGE = {
-    Resolution.FORGET: _DELETE.format(resolvable=_LITE_RESOLVABLE),
+    Resolution.FORGET: _DELETE.format(resolvable=_LITE_RESOLVABLE, undone=":undone"),
     Resolution.RELEASE: _RELEASE.format(
         id=":id", greatest="max", now=_LITE_NOW, resolvable=_LITE_RESOLVABLE
     ),
@@ -514,6 +518,7 @@ class Resolver:
         response: StoredResponse | None = None,
         max_response_bytes: int = MAX_RESPONSE_BYTES,
         mine: bool = False,
+        undone: bool = False,
     ) -> None:
         """Decide what becomes of an operation that nobody runs, and put it on record.
 
@@ -524,15 +529,18 @@ class Resolver:
 
         :param seen: the token the row had when it was looked at.
         :param action: FORGET drops the row, and the key is fresh; RELEASE lets the same
-            request run again; COMPLETE replays ``response`` from now on.
+            request run again, or where the operation's effects are committed its response be
+            rebuilt; COMPLETE replays ``response`` from now on.
         :param actor: who decides, for the record.
         :param reason: why, for the record.
         :param response: what is replayed. Fields that can't be replayed are left out, as
             from a handler's response.
         :param max_response_bytes: a larger body is refused.
         :param mine: the token is the caller's own, and its claim is in flight.
+        :param undone: what the operation has committed under a guard has been undone by hand,
+            so that FORGET may let it be done again.
         :raises NotResolvable: the operation is in flight, completed, gone, or not as it was
-            seen; nothing has changed.
+            seen, or its effects are committed and it was to be forgotten; nothing has changed.
         :raises NotStorable: the response can't be stored or replayed; nothing has changed.
         :raises ValueError: there is a response without COMPLETE, or COMPLETE without one.
         """
@@ -542,6 +550,7 @@ class Resolver:
             "digest": digest,
             "seen": seen,
             "mine": mine,
+            "undone": undone,
             "id": os.urandom(16),
             "actor": _storable(actor),
             "reason": _storable(reason),
@@ -649,6 +658,11 @@ def _why_not(found: Details | None, seen: bytes) -> str:
         return (
             f"the operation is in flight: attempt {found.attempt} has a lease that runs for"
             f" another {max(found.lease_left, 0):.0f} s, and may be renewed"
+        )
+    if found.effects and found.token == seen:
+        return (
+            "what the operation did is committed in the database: it was done, and its retry would"
+            " do it again. Say what it answers (complete), or undo it first and say so (undone)"
         )
     return "the operation is not as it was seen: look at it again"
 
