@@ -920,7 +920,8 @@ class SQLStore:
         try:
             return work(self._sql.straight(driver))
         except self._driver_error as exc:
-            if self._is_disconnect(exc, driver):
+            # One that is still waiting for an answer would refuse all that comes after.
+            if self._is_disconnect(exc, driver) or not self._sql.at_rest(driver):
                 connection.invalidate(exc)
                 # The others in the pool were opened to the same server.
                 self.engine.dispose()
