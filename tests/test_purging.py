@@ -20,6 +20,7 @@ from table import add_rows, count_rows
 
 from wsgi_idempotency import SQLStore, checkup
 from wsgi_idempotency.cli import main
+from wsgi_idempotency.cli_options import stopped_by_signals
 from wsgi_idempotency.errors import StoreUnavailable
 from wsgi_idempotency.purging import purge, purge_forever
 from wsgi_idempotency.schema import connect, upgrade
@@ -166,6 +167,16 @@ def test_a_signal_ends_a_purge_for_ever_between_two_batches(database: str) -> No
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate()
     assert (process.returncode, said) == (0, "5 expired rows deleted\n")
+
+
+def test_a_signal_that_comes_while_a_purge_goes_to_sleep_ends_it() -> None:
+    """An event's lock is held for a moment before it sleeps, by the thread that is interrupted:
+    whoever sets the event there would wait for itself."""
+    with stopped_by_signals() as stop:
+        with stop._cond:  # type: ignore[attr-defined]
+            signal.raise_signal(signal.SIGTERM)
+            assert not stop.is_set()
+        assert stop.wait(10)
 
 
 # ---------------------------------------------------------------------- the bar

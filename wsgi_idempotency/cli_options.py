@@ -131,7 +131,11 @@ def stopped_by_signals() -> Iterator[threading.Event]:
 
     def told_to_stop(number: int, frame: object) -> None:
         restore()
-        stop.set()
+        # In a thread: who is interrupted may have the event's lock, just before it sleeps or
+        # just after, and would then wait for itself.
+        setter = threading.Thread(target=stop.set, daemon=True)
+        setter.start()
+        setter.join(0.1)
 
     for number in before:
         signal.signal(number, told_to_stop)

@@ -9,9 +9,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
 import pytest
 from apps.shop import query
 from click.testing import CliRunner, Result
+from servers.postgres import database_of
 from table import add_rows
 from unresolved import age_rows, held, lapsed
 
@@ -90,6 +92,27 @@ def test_stats_count_what_rows_mean_now_by_route_for_programs(
     assert sum(found["bytes"].values()) > 8192
     assert found["more_routes"] == 0
     assert "://" in found["database"]
+
+
+def test_a_time_limit_for_requests_may_be_lifted_for_stats_alone(
+    pg_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the documentation has it, by PGOPTIONS; a limit of the role's does as the database's."""
+    database = f"DATABASE {database_of(pg_database)}"
+    runner = CliRunner(env={"WSGI_IDEMPOTENCY_DATABASE": pg_database})
+    query(pg_database, f"ALTER {database} SET statement_timeout = '100ms'")
+    try:
+        with psycopg.connect(pg_database.replace("+psycopg", "")) as locking:
+            locking.execute("LOCK TABLE idempotency_keys IN ACCESS EXCLUSIVE MODE")
+            ended = runner.invoke(main, ["stats"])
+        monkeypatch.setenv("PGOPTIONS", "-c statement_timeout=0")
+        lifted = query(pg_database, "SHOW statement_timeout")
+        done = runner.invoke(main, ["stats"])
+    finally:
+        query(pg_database, f"ALTER {database} RESET statement_timeout")
+    assert ended.exit_code == 1
+    assert "canceling statement due to statement timeout" in ended.output
+    assert (lifted, done.exit_code) == ([{"statement_timeout": "0"}], 0)
 
 
 def test_stats_are_a_table_for_people(store: SQLStore, command: Command) -> None:
