@@ -42,6 +42,7 @@ from wsgi_idempotency.errors import (
     TransactionFailed,
 )
 from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State, Step
+from wsgi_idempotency.stores.pools import ClosingPool
 from wsgi_idempotency.stores.tables import (
     SCHEMA_REVISION,
     VERSION_TABLE,
@@ -996,6 +997,7 @@ class SQLStore:
             defaults["prepare_threshold"] = None
         engine = self._engine_with(
             use_native_hstore=False,  # it would look the type up on every connection
+            poolclass=ClosingPool,
             pool_use_lifo=True,  # lets idle connections beyond the need go quiet
             connect_args={k: v for k, v in defaults.items() if k not in self.url.query},
             **options,
