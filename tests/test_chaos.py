@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from chaos.report import late_completions, summary, table
 from chaos.run import Result, run
-from chaos.schedule import make, outage, stops
+from chaos.schedule import make, outage, stops, transactions
 from servers.pgbouncer import MISSING, find_pgbouncer
 
 pytestmark = pytest.mark.usefixtures("on_postgresql", "postgres")
@@ -34,6 +34,7 @@ def test_no_promise_is_broken_whatever_breaks(
         print(f"\nchaos, seed {SEED}, {way}:\n{summary(result.log, result.violations)}")
     expect_no_violation(result)
     assert len(result.log.executions) > 80
+    assert len(result.log.written) > 10
     struck = {window.what for window in result.log.windows}
     assert struck >= {fault.kind for fault in result.schedule.faults}
 
@@ -49,6 +50,13 @@ def test_a_store_that_does_not_check_the_token_is_seen(tmp_path: Path) -> None:
         if expected & {violation.rule for violation in result.violations}:
             return
     pytest.fail("nothing was seen")
+
+
+def test_a_transaction_that_is_none_is_seen(tmp_path: Path) -> None:
+    """A build whose application writes beside the transaction: what failed has left its row."""
+    result = run(transactions(SEED, 2), tmp_path, broken="beside")
+    rules = {violation.rule for violation in result.violations}
+    assert "what is written in a transaction is what is recorded" in rules
 
 
 def test_five_seconds_without_the_database_lose_nothing_and_repeat_nothing(

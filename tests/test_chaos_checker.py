@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from chaos.checker import RULE_NAMES, check
-from chaos.log import Answered, Execution, Identity, Log, Row, Transition, Try, Window
+from chaos.log import Answered, Execution, Identity, Log, Row, Transition, Try, Window, Written
 
 PAID = Identity("alice", "store_success", "k")
 HELD = Identity("alice", "hold_unknown", "k")
+JOINED = Identity("alice", "transaction", "k")
 
 
 def run(name: str, identity: Identity = PAID, begun: float = 10.0, **changes: Any) -> Execution:
@@ -214,6 +215,23 @@ def held_unrun(*windows: Window) -> Log:
     )  # fmt: skip
 
 
+def joined() -> Log:
+    """One operation in transaction mode."""
+    return replace(once(JOINED), written=[Written(execution="a", identity=JOINED)])
+
+
+def undone_with_its_transaction(**changes: Any) -> Log:
+    """A run in transaction mode that has left nothing, and one that is committed."""
+    lost = run("x", JOINED, begun=8.0, **{"effects": 0, **changes})
+    return edited(joined(), executions=lambda found: [lost, *found])
+
+
+def cut_off() -> Log:
+    """A run in transaction mode whose connection was cut, and that goes on all the same."""
+    log = undone_with_its_transaction(decided=12.0, over=12.0, outcome="raised")
+    return replace(log, windows=[Window(what="database reset", started=8.5, ended=8.5)])
+
+
 SOUND: dict[str, Callable[[], Log]] = {
     "one run, replayed": once,
     "one run under a policy that holds": lambda: once(HELD),
@@ -223,6 +241,15 @@ SOUND: dict[str, Callable[[], Log]] = {
     "a killed worker whose operation is held": lambda: killed(HELD),
     "a worker aborted before its handler's success was recorded": aborted,
     "a claim that was made in vain, and undone": undone,
+    "a transaction": joined,
+    "a transaction that failed, and another one": lambda: undone_with_its_transaction(
+        outcome="500"
+    ),
+    "a transaction whose worker was killed, and another one": lambda: undone_with_its_transaction(
+        outcome=None, decided=None, over=None
+    ),
+    "a transaction whose commit was lost, and another one": undone_with_its_transaction,
+    "a transaction that was cut off, and another one at once": cut_off,
     "a worker aborted between its claim and its handler": lambda: held_unrun(
         Window(what="worker aborted", started=8.5, ended=8.5, pid=1)
     ),
@@ -255,9 +282,10 @@ def none(found: list[Any]) -> list[Any]:
     return []
 
 
-CHANGE_HANDS, SETTLED, CLAIMED, AGAIN, AT_ONCE, CAUSE, TOLD, ANSWERS, NOBODY, BOUND, LEFT = (
-    RULE_NAMES
-)
+(
+    CHANGE_HANDS, SETTLED, CLAIMED, AGAIN, AT_ONCE, CAUSE, TOLD, WRITTEN, ANSWERS, NOBODY, BOUND,
+    LEFT,
+) = RULE_NAMES  # fmt: skip
 
 #: What is wrong, in which log, and the rule that has to see it.
 WRONG: dict[str, tuple[str, Callable[[], Log]]] = {
@@ -399,6 +427,56 @@ WRONG: dict[str, tuple[str, Callable[[], Log]]] = {
     "two rows in the ledger where lapses are held": (
         TOLD,
         lambda: edited(once(HELD), executions=also(run("x", HELD, begun=12.0))),
+    ),
+    "a transaction that is recorded and wrote nothing": (
+        WRITTEN,
+        lambda: edited(joined(), written=none),
+    ),
+    "a transaction that wrote and is not recorded": (WRITTEN, lambda: edited(joined(), rows=none)),
+    "a transaction that wrote twice": (
+        WRITTEN,
+        lambda: edited(joined(), written=also(Written(execution="a", identity=JOINED))),
+    ),
+    "a transaction of one run that is recorded of another": (
+        WRITTEN,
+        lambda: edited(joined(), written=first(execution="x")),
+    ),
+    "a transaction that failed and has written": (
+        WRITTEN,
+        lambda: edited(
+            undone_with_its_transaction(outcome="500", effects=1),
+            written=also(Written(execution="x", identity=JOINED)),
+        ),
+    ),
+    "a success of a transaction that is only said to be unrecorded": (
+        TOLD,
+        lambda: replace(edited(joined(), transitions=none), unrecorded=frozenset({"token of a"})),
+    ),
+    "two successes of one transaction": (
+        TOLD,
+        lambda: edited(
+            undone_with_its_transaction(), tries=also(told("x", JOINED), told("a", JOINED, 10.7))
+        ),
+    ),
+    "a transaction that is run again after it was committed": (
+        AGAIN,
+        lambda: edited(joined(), executions=also(run("x", JOINED, begun=12.0, effects=0))),
+    ),
+    "an unprotected run in transaction mode": (
+        CLAIMED,
+        lambda: undone_with_its_transaction(token=None),
+    ),
+    "two transactions at once though nothing was broken": (
+        AT_ONCE,
+        lambda: replace(cut_off(), windows=[]),
+    ),
+    "two transactions at once during a deployment": (
+        AT_ONCE,
+        lambda: edited(cut_off(), windows=first(what="clients reset")),
+    ),
+    "a transaction's claim that can be seen": (
+        LEFT,
+        lambda: edited(joined(), rows=first(state="claimed")),
     ),
     "a replay with another body": (ANSWERS, lambda: edited(once(), tries=last(body="another"))),
     "a replay with another status": (ANSWERS, lambda: edited(once(), tries=last(status=200))),

@@ -14,7 +14,9 @@ from servers.pgbouncer import MISSING, find_pgbouncer
 from chaos.broken import BROKEN
 from chaos.report import summary, table
 from chaos.run import run
-from chaos.schedule import make, outage, stops
+from chaos.schedule import make, outage, stops, transactions
+
+ONLY = {"stops": stops, "outage": outage, "transactions": transactions}
 
 
 def main() -> int:
@@ -30,7 +32,7 @@ def main() -> int:
     parser.add_argument("--broken", choices=BROKEN, help="break this promise of the store's")
     parser.add_argument("--keep", type=Path, help="an empty folder for logs and the journal")
     parser.add_argument(
-        "--only", choices=["stops", "outage"], help="workers that stand still, or one outage"
+        "--only", choices=ONLY, help="workers that stand still, one outage, or transactions"
     )
     options = parser.parse_args()
 
@@ -39,7 +41,7 @@ def main() -> int:
     if options.pgbouncer and not pooler:
         print(f"going on WITHOUT PgBouncer: {MISSING}", file=sys.stderr)
     if options.only:
-        schedule = {"stops": stops, "outage": outage}[options.only](seed, options.seconds)
+        schedule = ONLY[options.only](seed, options.seconds)
     else:
         schedule = make(seed, options.seconds, rate=options.rate, pooler=pooler)
     print(

@@ -2,8 +2,10 @@
 
 The ledger is a table in a second PostgreSQL server, which nothing befalls: it has to tell the
 truth while the store's is down, and a handler that succeeds while the store is away is the
-hardest case there is. What else is worth knowing goes to a journal, a file that each write
-appends one line to, and that survives the process.
+hardest case there is. In transaction mode the effect goes to a table beside the store's, through
+``operation.connection``; what has begun is still written to the ledger. What else is worth
+knowing goes to a journal, a file that each write appends one line to, and that survives the
+process.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 import uuid
 
 import psycopg
+from sqlalchemy import text
 
 import wsgi_idempotency
 from chaos import broken
@@ -25,6 +28,11 @@ from wsgi_idempotency import IdempotencyMiddleware, Policy, Route
 
 #: Seconds a thread may be late before it says that its process did not get to run.
 LATE = 0.3
+
+CHARGE = text(
+    "INSERT INTO charges (execution, scope, policy, key, payload)"
+    " VALUES (:execution, :scope, :policy, :key, :payload)"
+)
 
 logging.basicConfig(format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
 
@@ -55,6 +63,24 @@ def enter(what, execution, operation, asked_by):
         # Also when gunicorn ends this worker: what the connection would say next is not known.
         here.connection = None
         raise
+
+
+def charge(execution, operation, asked_by):
+    """The effect of an operation in transaction mode, in its own transaction."""
+    operation.connection.execute(
+        CHARGE, dict(zip(["scope", "policy", "key", "payload"], asked_by), execution=execution)
+    )
+
+
+def begun_before(asked_by):
+    """How often an operation has begun, this time included. In transaction mode each time is
+    the first attempt, since nothing of the others is left."""
+    ((count,),) = here.connection.execute(
+        "SELECT count(*) FROM ledger"
+        " WHERE what = 'begun' AND scope = %s AND policy = %s AND key = %s",
+        asked_by[:3],
+    )
+    return count
 
 
 def of(operation):
@@ -113,9 +139,14 @@ def work(asked, execution, operation, asked_by):
     if asked["broken"]:
         return "400 Correct It", [entity], "application/json"
     time.sleep(asked["takes"] / 2)
-    enter("effect", execution, operation, asked_by)
+    kind, attempt, streamed = asked["kind"], of(operation)[1], "text/event-stream"
+    if operation is not None and operation.transactional:
+        charge(execution, operation, asked_by)
+        # An event stream is refused there: it would never end, and nothing be committed.
+        attempt, streamed = begun_before(asked_by), "text/plain"
+    else:
+        enter("effect", execution, operation, asked_by)
     time.sleep(asked["takes"] / 2)
-    kind, attempt = asked["kind"], of(operation)[1]
     if attempt == 1 and kind == "fails once":
         return "500 Out Of Luck", [entity], "application/json"
     if attempt == 1 and kind == "raises once":
@@ -123,7 +154,7 @@ def work(asked, execution, operation, asked_by):
     if kind == "large":
         return "201 Created", [entity, *[b" " * LARGEST] * 3], "application/json"
     if kind == "streams":
-        return "201 Created", [b"data: " + entity, b" ", b"\n\n"], "text/event-stream"
+        return "201 Created", [b"data: " + entity, b" ", b"\n\n"], streamed
     return "201 Created", [entity], "application/json"
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
 from wsgi_idempotency import SQLStore
 from wsgi_idempotency.records import Lapse
+from wsgi_idempotency.stores.transactions import SQLTransaction
 
 
 class Unfenced(SQLStore):
@@ -68,12 +70,37 @@ class Careless(SQLStore):
         return super().complete(digest, token, completion)
 
 
+class _Beside(SQLTransaction):
+    @property
+    def connection(self):
+        return self._store.engine.connect()
+
+
+class Beside(SQLStore):
+    """What the application writes is committed by itself, and the response by itself."""
+
+    def begin(self, claim, **options):
+        transaction = super().begin(claim, **options)
+        if transaction is not None:
+            transaction.__class__ = _Beside
+        return transaction
+
+
+class Unlocked(SQLStore):
+    """No transaction meets another one: neither in the key's lock nor in the primary key."""
+
+    def begin(self, claim, **options):
+        return super().begin(replace(claim, digest=os.urandom(32)), **options)
+
+
 BROKEN = {
     "unfenced": Unfenced,
     "unheld": Unheld,
     "deaf": Deaf,
     "forgetful": Forgetful,
     "careless": Careless,
+    "beside": Beside,
+    "unlocked": Unlocked,
 }
 
 

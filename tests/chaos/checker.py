@@ -27,6 +27,15 @@ What can be proved where the handler's effects are not in the store's transactio
 10. When all has calmed down, nothing is in flight, every operation that may run again has come
     to its answer, and what is held is of a policy that holds.
 
+In transaction mode nothing lapses, and a run that is not committed has left nothing behind: the
+rows of the store show no claim of it, and the operation may run again. In place of 4 and 6:
+
+11. What is written is what is recorded: each completed row of the store has exactly one row that
+    its own run has written, each row that was written has its completed row, and there is never
+    a second one. Whoever is told 2xx is told so by that run; no failure to record excuses it.
+12. Two runs overlap only where a fault may have cut the earlier one's connection, and with it its
+    lock.
+
 The oracle is written down here, not taken from the package: a rule that changes there has to
 change here.
 """
@@ -47,7 +56,15 @@ RULES = {
     "waits": {"2": STORE, "4": FORGET, "5": RELEASE, "raised": RELEASE, "lapse": RELEASE},
     "store_everything": {"2": STORE, "4": STORE, "5": STORE, "raised": HOLD, "lapse": HOLD},
     "hold_unknown": {"2": STORE, "4": FORGET, "5": HOLD, "raised": HOLD, "lapse": HOLD},
+    # Nothing lapses there.
+    "transaction": {"2": STORE, "4": FORGET, "5": FORGET, "raised": FORGET, "lapse": FORGET},
 }
+
+#: The policy in transaction mode.
+TRANSACTION = "transaction"
+
+#: Refusals after which the same request may have another answer.
+PASSING = frozenset({"CONFLICT", "STORE_UNAVAILABLE", "TRANSACTION_CONFLICT", "COMMIT_UNKNOWN"})
 
 #: Which action leads to which state of the row; None: it is gone.
 ENDS = {"completed": STORE, None: FORGET, "released": RELEASE, "held": HOLD}
@@ -199,6 +216,8 @@ def nothing_runs_without_a_claim_nor_twice_under_one(view: _View) -> Found:
     for token, executions in view.by_token.items():
         for execution in executions:
             grant = None if token is None else view.grants.get(token)
+            if grant is None and token is not None and execution.identity.policy == TRANSACTION:
+                continue  # its claim is gone with its transaction
             if grant is None:
                 yield execution.identity, f"run {execution.name} had no claim"
             elif grant.identity != execution.identity or grant.at > execution.begun:
@@ -219,6 +238,8 @@ def operations_run_again_only_as_their_policy_says(view: _View) -> Found:
 
 
 def _may_follow(view: _View, execution: Execution) -> bool:
+    if execution.identity.policy == TRANSACTION:
+        return execution.token not in view.completions
     if view.actions(execution) & {FORGET, RELEASE}:
         return True
     lapses = RULES[execution.identity.policy]["lapse"] == RELEASE
@@ -232,8 +253,18 @@ def two_run_at_once_only_after_a_lapse(view: _View) -> Found:
                 # One whose process died is over; when, its lease alone can tell.
                 if earlier.over is None or earlier.over <= later.begun:
                     continue
+                if identity.policy == TRANSACTION and _may_be_cut_off(view, earlier, later):
+                    continue
                 if earlier.token not in view.lapses:
                     yield identity, f"{earlier.name} and {later.name} ran at once"
+
+
+def _may_be_cut_off(view: _View, earlier: Execution, later: Execution) -> bool:
+    return any(
+        window.what not in GRACEFUL
+        and window.meets(earlier.begun - AFTERMATH, later.begun, earlier.pid)
+        for window in view.log.windows
+    )
 
 
 def leases_run_out_only_for_a_cause(view: _View) -> Found:
@@ -271,7 +302,8 @@ def who_is_told_of_success_has_one_row_in_the_ledger(view: _View) -> Found:
             continue
         runs = runs_of.get(identity, [])
         with_effect = [run for run in runs if run.effects]
-        if RULES[identity.policy]["lapse"] == HOLD and (len(with_effect) != 1 or len(told) != 1):
+        once = identity.policy == TRANSACTION or RULES[identity.policy]["lapse"] == HOLD
+        if once and (len(with_effect) != 1 or len(told) != 1):
             yield identity, f"told of {len(told)} successes, {len(with_effect)} in the ledger"
         for run in with_effect:
             if run.name not in told and run is not runs[-1] and not _may_follow(view, run):
@@ -289,8 +321,24 @@ def _acknowledged(view: _View, identity: Identity, run: Execution | None, name: 
         return
     if run.effects != 1:
         yield identity, f"the success of {name} has {run.effects} rows in the ledger"
-    if run.token not in view.completions and run.token not in view.log.unrecorded:
+    excused = run.token in view.log.unrecorded and identity.policy != TRANSACTION
+    if run.token not in view.completions and not excused:
         yield identity, f"the success of {name} was neither recorded nor reported as unrecorded"
+
+
+def what_is_written_in_a_transaction_is_what_is_recorded(view: _View) -> Found:
+    written: dict[Identity, list[str]] = defaultdict(list)
+    for one in view.log.written:
+        written[one.identity].append(one.execution)
+    recorded: dict[Identity, list[str]] = defaultdict(list)
+    for row in view.log.rows:
+        if row.identity.policy == TRANSACTION and row.state == "completed":
+            runs = view.by_token.get(row.token, [])
+            recorded[row.identity] += [run.name for run in runs] or [f"no run, but {row.token}"]
+    for identity in sorted({*written, *recorded}):
+        there, known = sorted(written[identity]), sorted(recorded[identity])
+        if there != known or len(there) != 1:
+            yield identity, f"written by {there}, recorded of {known}"
 
 
 def answers_are_what_the_handler_answered(view: _View) -> Found:
@@ -354,7 +402,7 @@ def nothing_is_left_in_flight(view: _View) -> Found:
 
 def _final(made: Try) -> bool:
     rules = RULES[made.identity.policy]
-    if made.status is None or made.code in ("CONFLICT", "STORE_UNAVAILABLE"):
+    if made.status is None or made.code in PASSING:
         return False
     if made.code == "OUTCOME_UNKNOWN":
         return rules["lapse"] == HOLD
@@ -371,6 +419,7 @@ _RULES: Iterable[Callable[[_View], Found]] = (
     two_run_at_once_only_after_a_lapse,
     leases_run_out_only_for_a_cause,
     who_is_told_of_success_has_one_row_in_the_ledger,
+    what_is_written_in_a_transaction_is_what_is_recorded,
     answers_are_what_the_handler_answered,
     nobody_gets_somebody_elses_answer,
     nobody_waits_longer_than_the_bound,

@@ -60,7 +60,8 @@ class Execution:
     """One run of the handler.
 
     :param token: of the claim it ran under; None when it was not protected.
-    :param effects: how many rows it left in the ledger beside the one of its beginning.
+    :param effects: how many rows it left in the ledger beside the one of its beginning, or
+        beside the store's table in transaction mode.
     :param outcome: the status it answered with, ``raised``, or None when its process died.
     :param body: hex digest of the body it answered with.
     :param decided: when the outcome was certain.
@@ -166,6 +167,14 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Written:
+    """A row that a handler has written in transaction mode, and that is there when all is over."""
+
+    execution: str
+    identity: Identity
+
+
+@dataclass(frozen=True, kw_only=True)
 class Log:
     """Everything.
 
@@ -185,3 +194,4 @@ class Log:
     answered: list[Answered] = field(default_factory=list)
     unrecorded: frozenset[str] = frozenset()
     rows: list[Row] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos.checker import Violation, check
+from chaos.checker import PASSING, Violation, check
 from chaos.clients import Client, send
 from chaos.log import Log, Try
 from chaos.schedule import (
@@ -119,6 +119,6 @@ def _close(schedule: Schedule, site: Site) -> None:
 def _open(made: Try) -> bool:
     return (
         made.status is None
-        or made.code in ("CONFLICT", "STORE_UNAVAILABLE")
+        or made.code in PASSING
         or (made.code is None and made.status >= 500 and not made.replayed)
     )

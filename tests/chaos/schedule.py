@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from chaos.log import Identity
@@ -29,7 +29,11 @@ POLICIES: dict[str, dict[str, object]] = {
     "waits": {"outcomes": "store_success", "wait": WAIT},
     "store_everything": {"outcomes": "store_everything"},
     "hold_unknown": {"outcomes": "hold_unknown"},
+    "transaction": {"outcomes": "store_success", "wait": WAIT, "transaction": True},
 }
+
+#: Those whose operations have a lease.
+LEASED = tuple(name for name, options in POLICIES.items() if "transaction" not in options)
 
 #: What a handler does, and how often it is asked to.
 KINDS = {
@@ -121,15 +125,17 @@ def make(
     rate: float = 5.0,
     pooler: bool = False,
     kinds: Mapping[str, int] = KINDS,
+    policies: Sequence[str] = tuple(POLICIES),
 ) -> Schedule:
     """A schedule for ``seconds`` of load.
 
     :param rate: operations a second.
     :param pooler: whether there is a PgBouncer to kill.
     :param kinds: how often each kind of operation comes.
+    :param policies: of the operations.
     """
     chance = random.Random(seed)
-    operations = tuple(_operations(chance, seconds, rate, kinds))
+    operations = tuple(_operations(chance, seconds, rate, kinds, policies))
     groups = [(WORKERS, 1.2), (NETWORKS, 3.0), (DATABASES, 9.0)]
     if pooler:
         groups.append((POOLERS, 13.0))
@@ -140,14 +146,18 @@ def make(
 
 
 def _operations(
-    chance: random.Random, seconds: float, rate: float, kinds: Mapping[str, int]
+    chance: random.Random,
+    seconds: float,
+    rate: float,
+    kinds: Mapping[str, int],
+    policies: Sequence[str],
 ) -> Iterator[Operation]:
     at, number = 0.0, 0
     before: Operation | None = None
     while (at := at + chance.expovariate(rate)) < seconds:
         number += 1
         kind = chance.choices(list(kinds), list(kinds.values()))[0]
-        scope, policy = chance.choice(["alice", "bob"]), chance.choice(list(POLICIES))
+        scope, policy = chance.choice(["alice", "bob"]), chance.choice(policies)
         key = f"{number:05}-{chance.getrandbits(64):016x}"
         if before is not None and chance.random() < 0.1:
             # The key of another operation, in another scope: they must never meet.
@@ -204,7 +214,7 @@ def stops(seed: int, seconds: float) -> Schedule:
     chance = random.Random(seed)
     operations = []
     for number in range(int(seconds * 2)):
-        policy = chance.choice(list(POLICIES))
+        policy = chance.choice(LEASED)
         tap = Tap(after=0.0, seed=chance.getrandbits(32), patience=0.3)
         operations.append(
             Operation(
@@ -224,8 +234,16 @@ def stops(seed: int, seconds: float) -> Schedule:
     return Schedule(operations=tuple(operations), faults=faults)
 
 
+def transactions(seed: int, seconds: float) -> Schedule:
+    """Operations in transaction mode that succeed, fail or raise at first, and nothing else
+    that would be amiss."""
+    kinds = {"answers": 2, "fails once": 1, "raises once": 1}
+    load = make(seed, seconds, rate=8.0, kinds=kinds, policies=["transaction"])
+    return replace(load, faults=())
+
+
 def outage(seed: int, seconds: float, *, away: float = 5.0) -> Schedule:
     """PostgreSQL goes away under load, from a third of the time on, for ``away`` seconds."""
-    load = make(seed, seconds, rate=8.0, kinds={"answers": 1})
+    load = make(seed, seconds, rate=8.0, kinds={"answers": 1}, policies=LEASED)
     fault = Fault(at=seconds / 3, kind="PostgreSQL away", lasts=away, pick=0.0)
     return replace(load, faults=(fault,))

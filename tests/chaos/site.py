@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -21,7 +21,7 @@ from servers.pgbouncer import PREPARES_FROM, PgBouncer
 from servers.postgres import PostgresServer, private_postgres
 from sqlalchemy.engine import make_url
 
-from chaos.log import Answered, Execution, Identity, Log, Row, Transition, Try, Window
+from chaos.log import Answered, Execution, Identity, Log, Row, Transition, Try, Window, Written
 from chaos.proxy import Proxy
 from chaos.schedule import LEASE, STORE_TIMEOUT, WAIT, Fault
 from wsgi_idempotency.schema import upgrade
@@ -45,6 +45,14 @@ CREATE TABLE ledger (
     what text NOT NULL, execution text NOT NULL, scope text NOT NULL, policy text NOT NULL,
     key text NOT NULL, payload text NOT NULL, token text, attempt int, pid int NOT NULL,
     at timestamptz NOT NULL DEFAULT clock_timestamp())
+"""
+
+# The effects of transaction mode, in the store's database. Nothing but the library keeps a second
+# one of an operation out.
+CHARGES = """
+CREATE TABLE charges (
+    execution text NOT NULL, scope text NOT NULL, policy text NOT NULL, key text NOT NULL,
+    payload text NOT NULL)
 """
 
 # The trigger runs in the statement's own transaction, under the row's lock: for each key the
@@ -122,6 +130,7 @@ class Site:
         upgrade(url)
         with self._connect() as connection:
             connection.execute(HISTORY)
+            connection.execute(CHARGES)
         with self._ledger_server.connect() as connection:
             connection.execute(LEDGER)
         upstream = ("127.0.0.1", self.postgres.port)
@@ -282,6 +291,7 @@ class Site:
     def log(self) -> Log:
         """Everything that was recorded."""
         journal = self._read_journal()
+        written = list(self._written())
         stalls = [
             Window(what="stalled", started=line["started"], ended=line["at"], pid=line["pid"])
             for line in journal["stalled"]
@@ -290,7 +300,7 @@ class Site:
             lease=self._lease,
             longest=LONGEST,
             tries=list(self._tries),
-            executions=list(self._executions(journal)),
+            executions=list(self._executions(journal, Counter(one.execution for one in written))),
             transitions=list(self._transitions()),
             windows=self._windows + stalls,
             answered=[
@@ -309,6 +319,7 @@ class Site:
                 if line["name"] == "store_failure" and line["token"] is not None
             ),
             rows=list(self._rows()),
+            written=written,
         )
 
     def _read_journal(self) -> dict[str, list[dict[str, Any]]]:
@@ -318,7 +329,9 @@ class Site:
             lines[line["what"]].append(line)
         return lines
 
-    def _executions(self, journal: dict[str, list[dict[str, Any]]]) -> Iterator[Execution]:
+    def _executions(
+        self, journal: dict[str, list[dict[str, Any]]], written: Counter[str]
+    ) -> Iterator[Execution]:
         # Of two, the later one counts: gunicorn may end a worker after the first.
         decided = {line["execution"]: line for line in journal["decided"]}
         over = {line["execution"]: line["at"] for line in journal["over"]}
@@ -339,7 +352,7 @@ class Site:
                 attempt=attempt,
                 pid=pid,
                 begun=begun,
-                effects=effects,
+                effects=effects + written[name],
                 outcome=end.get("outcome"),
                 body=end.get("body"),
                 decided=end.get("at"),
@@ -372,6 +385,12 @@ class Site:
                 response=None if body is None else hashlib.sha256(body).hexdigest(),
                 execution=_execution_in(headers),
             )
+
+    def _written(self) -> Iterator[Written]:
+        with self._connect() as connection:
+            rows = connection.execute("SELECT execution, scope, policy, key FROM charges")
+            for execution, *identity in rows.fetchall():
+                yield Written(execution=execution, identity=Identity(*identity))
 
     def _rows(self) -> Iterator[Row]:
         with self._connect() as connection:
