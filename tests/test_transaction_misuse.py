@@ -276,9 +276,15 @@ def test_a_transaction_of_the_driver_s_that_is_left_open_undoes_everything(
     assert shop.post().status_code == 201
 
 
-@pytest.mark.parametrize(
-    "change", ["SET LOCAL search_path = pg_catalog", "SET LOCAL ROLE pg_monitor"]
-)
+HIDING = ["SET LOCAL search_path = pg_catalog", "SET LOCAL ROLE pg_monitor"]
+ALSO_HIDING = [
+    "SET SCHEMA 'pg_catalog'",
+    "SET SESSION AUTHORIZATION pg_monitor",
+    "SELECT set_config('search_path', 'pg_catalog', true)",
+]
+
+
+@pytest.mark.parametrize("change", [*HIDING, *ALSO_HIDING])
 def test_what_hides_the_table_is_undone_before_the_response_is_recorded(
     pg_shop: OpenShop, change: str
 ) -> None:
@@ -294,9 +300,19 @@ def test_what_hides_the_table_is_undone_before_the_response_is_recorded(
     assert shop.amounts() == [1]
 
 
-@pytest.mark.parametrize(
-    "change", ["SET LOCAL search_path = pg_catalog", "SET LOCAL ROLE pg_monitor"]
-)
+def test_a_statement_that_only_looks_as_if_it_hid_the_table_is_no_harm(
+    open_shop: OpenShop,
+) -> None:
+    def looking() -> None:
+        charge(1)
+        current_operation.connection.execute(text("SELECT 'to set role'"))
+
+    shop = open_shop(doing(looking))
+    assert shop.post().status_code == 201
+    assert shop.amounts() == [1]
+
+
+@pytest.mark.parametrize("change", HIDING)
 @pytest.mark.parametrize("given", [False, True], ids=["by the driver", "on a given engine"])
 def test_what_hides_the_table_unseen_or_is_not_ours_to_undo_undoes_everything(
     pg_shop: OpenShop, caplog: pytest.LogCaptureFixture, given: bool, change: str

@@ -51,8 +51,12 @@ _JOINED = "wsgi_idempotency.transaction"
 #: What commits in SQL (PostgreSQL documentation, COMMIT, END, PREPARE TRANSACTION).
 _COMMITS = re.compile(r"\s*(COMMIT|END|PREPARE\s+TRANSACTION)\b", re.IGNORECASE)
 
-#: What decides which tables are seen, and what may be done to them.
-_HIDES = re.compile(r"\b(search_path|role|authorization)\b", re.IGNORECASE)
+#: What changes which tables are seen, and what may be done to them (PostgreSQL documentation,
+#: SET, SET ROLE, SET SESSION AUTHORIZATION, 9.28.1). A column's name may look so: it costs a trip.
+_HIDES = re.compile(
+    r"\b(SET|RESET)\s+((LOCAL|SESSION)\s+)*(search_path|SCHEMA|ROLE|AUTHORIZATION)\b|\bset_config\b",
+    re.IGNORECASE,
+)
 
 #: undefined_table, insufficient_privilege (PostgreSQL documentation, Appendix A).
 _HIDDEN = ("42P01", "42501")
