@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from servers import http
+from servers import ended, http
 from sqlalchemy import create_engine
 from werkzeug.exceptions import InternalServerError, NotFound
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
@@ -82,11 +82,9 @@ def running_demo(tmp_path: Path) -> Iterator[Demo]:
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert process.stdout is not None
-    with process:
+    with ended(process, by="TERM"):
         lines = takewhile(lambda line: not line.startswith("Ctrl-C"), process.stdout)
         yield Demo(process, "".join(lines), tmp_path)
-        if process.poll() is None:
-            process.terminate()
 
 
 # ---------------------------------------------------------------- the double tap

@@ -15,6 +15,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from click.testing import CliRunner
+from servers import ended
 from sqlalchemy import Connection, text
 from table import add_rows, count_rows
 
@@ -160,7 +161,7 @@ def test_a_signal_ends_a_purge_for_ever_between_two_batches(database: str) -> No
         stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    with process:
+    with ended(process):
         assert process.stderr is not None
         for count in (2, 2, 1):
             assert f"INFO purged count={count} " in process.stderr.readline()

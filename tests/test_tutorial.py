@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from servers import http
+from servers import KILL_GROUP, Watchdog, http
 
 PAGE = Path(__file__).parent.parent / "docs" / "tutorial.md"
 
@@ -102,6 +102,7 @@ class Reader:
                 pass_fds=[self._socket.fileno()],
                 start_new_session=True,
             )
+        self._watchdog = Watchdog(KILL_GROUP, str(self._server.pid))
         deadline = time.monotonic() + http.START_TIMEOUT
         while "Booting worker" not in (said := log.read_text()):
             assert self._server.poll() is None, said
@@ -123,10 +124,13 @@ class Reader:
         return "".join(said)
 
     def end_server(self) -> None:
-        if self._server is not None and self._server.poll() is None:
+        if self._server is None:
+            return
+        if self._server.poll() is None:
             os.killpg(self._server.pid, signal.SIGINT)
             self._server.wait(30)
-            self._server = None
+        self._server = None
+        self._watchdog.dismiss()
 
     def close(self) -> None:
         try:

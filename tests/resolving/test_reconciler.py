@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from apps.gate import Gate
 from apps.shop import query
+from servers import ended
 from servers.http import TESTS
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
@@ -565,11 +566,8 @@ def reconciling(
         stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    try:
+    with ended(process):
         yield process
-    finally:
-        with process:
-            process.kill()
 
 
 def judged(folder: Path) -> list[dict[str, Any]]:

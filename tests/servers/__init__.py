@@ -6,12 +6,17 @@ import fcntl
 import functools
 import os
 import random
+import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+_Text = TypeVar("_Text", str, bytes)
 
 FIRST_PORT, LAST_PORT = 20_000, 32_000
 
@@ -100,3 +105,19 @@ class Watchdog:
         trace: TracebackType | None,
     ) -> None:
         self.dismiss()
+
+
+@contextmanager
+def ended(
+    process: subprocess.Popen[_Text], *, by: str = "KILL"
+) -> Iterator[subprocess.Popen[_Text]]:
+    """End a process that would go on by itself: at the end of the context, or when this process
+    is gone.
+
+    :param by: the signal; TERM for a command that has to end others.
+    """
+    with Watchdog('kill -s "$1" "$2"', by, str(process.pid)), process:
+        try:
+            yield process
+        finally:
+            process.send_signal(getattr(signal, f"SIG{by}"))
