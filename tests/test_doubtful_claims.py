@@ -3,6 +3,7 @@ stands for, and nobody is to be kept out by it."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -79,6 +80,19 @@ class Shop:
         return Client(self.middleware).post("/pay", headers={"Idempotency-Key": "k"})
 
 
+def overtaken(store: Breaking) -> Callable[..., bool]:
+    """Finds out, once, that the claim is somebody else's, who has forgotten it since."""
+    asked: list[Claim] = []
+
+    def in_time(request: Any, claim: Claim) -> bool:
+        asked.append(claim)
+        if len(asked) == 1:
+            store._rows.clear()
+        return len(asked) > 1
+
+    return in_time
+
+
 @pytest.fixture
 def store() -> Breaking:
     return Breaking()
@@ -137,6 +151,29 @@ def test_it_is_undone_also_where_another_was_in_the_way_then(store: Breaking) ->
     assert shop.post().headers["Idempotency-Replayed"] == "true"
     del store._rows[first.digest]  # as if its retention had passed
     store.comes_late(store.claims[-1])
+
+
+def test_of_an_expired_key_that_nobody_has_run_anew_nothing_is_left(store: Breaking) -> None:
+    """Not a released row, which would tell another request that it is not the same."""
+    shop = Shop(store, retention=1, lease=1)
+    shop.post()
+    [digest] = store._rows
+    store._rows[digest] = dataclasses.replace(store._rows[digest], expires_at=0.0)
+    store.after["take_over"] = [LOST]
+    assert shop.post().status_code == 503
+    until(lambda: store.lookup(digest) is None)
+
+
+def test_so_is_a_claim_that_its_own_request_has_given_up(
+    store: Breaking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker was paused, its claim is somebody else's, and it asks with another token."""
+    store.before["claim"] = [BROKEN]
+    shop = Shop(store, outcomes=holding)
+    with monkeypatch.context() as patched:
+        patched.setattr("wsgi_idempotency.middleware._Request._in_time", overtaken(store))
+        shop.post("400 Bad")
+    store.comes_late(store.claims[0])
 
 
 def test_it_is_undone_also_where_the_end_is_recorded_late(store: Breaking) -> None:

@@ -83,10 +83,15 @@ class Heartbeat:
         self._changed: threading.Condition | None = None
         self._wake_at = float("inf")
 
-    def start(self, claim: Claim, operation: Operation) -> None:
-        """Keep a claim alive from now on."""
+    def start(self, claim: Claim, operation: Operation, since: float | None = None) -> None:
+        """Keep a claim alive from now on.
+
+        :param since: when its lease began at the earliest, on :func:`time.monotonic`; None for
+            now.
+        """
         now = time.monotonic()
-        kept = _Kept(claim, operation, now + claim.lease / 3, now + claim.retention)
+        renew_at = (now if since is None else since) + claim.lease / 3
+        kept = _Kept(claim, operation, renew_at, now + claim.retention)
         self._add(kept)
 
     def finishing(self, claim: Claim) -> None:

@@ -272,7 +272,7 @@ class _Request:
         self._races = 0
         # Whether a statement for the claim may be on its way still, and what undoes it.
         self._doubtful = False
-        self._asked = 0.0  # when a claim was asked for, on time.monotonic()
+        self.asked = 0.0  # when a claim was asked for, on time.monotonic()
         self._undo = middleware.store.forget
         self.rebuilds = False  # the operation is done, and its response is to be made
         # For observers alone.
@@ -419,16 +419,19 @@ class _Request:
     def _in_time(self, claim: Claim) -> bool:
         """Whether the claim stands now that its handler is about to begin. A process that was
         paused since it asked for it finds out here that somebody else has taken it over."""
-        if time.monotonic() - self._asked <= claim.lease:
+        if time.monotonic() - self.asked <= claim.lease / 3:  # renewals begin after that
             return True
+        store = self.middleware.store
+        self.asked = time.monotonic()
         try:
-            renewed = self.ask(
-                self.middleware.store.renew, [(claim.digest, claim.token, claim.lease)]
-            )
+            renewed = self.ask(store.renew, [(claim.digest, claim.token, claim.lease)])
+            # A row that is locked counts as renewed: one that has lapsed may be a take-over's.
+            record = self.ask(store.lookup, claim.digest)
         except StoreError:
             self._doubtful = True
             raise
-        return claim.token in renewed
+        mine = record is not None and record.token == claim.token and not record.lapsed
+        return claim.token in renewed and mine
 
     def _look(self, claim: Claim) -> tuple[Claim, Claimed | protocol.Replay]:
         """Look again until there is something, for as long as the policy lets it wait."""
@@ -462,7 +465,7 @@ class _Request:
     def _claim(self, call: Callable[..., _T], *args: object) -> _T:
         """Ask for a claim, and again where the connection broke: it may have been dead in the
         pool, since a restart of the server. What was asked first may be on its way still."""
-        self._asked = time.monotonic()
+        self.asked = time.monotonic()
         try:
             try:
                 return self.ask(call, *args)
@@ -772,7 +775,7 @@ class _Execution:
         """Keep the claim from now on. Where that can't be (no thread can be started), the
         handler doesn't run, and its operation is not one that may have happened."""
         try:
-            self._heartbeat.start(self._claim, self._operation)
+            self._heartbeat.start(self._claim, self._operation, self._request.asked)
         except BaseException:
             first = self._operation.attempt == 1 and not self._request.rebuilds
             undo = self._store.forget if first else self._store.release
