@@ -458,6 +458,30 @@ def test_the_finished_steps_of_an_operation_can_be_listed_in_their_order(databas
     store.close()
 
 
+def test_a_handler_that_keeps_sqlite_locked_runs_no_step_that_cant_be_recorded(
+    sqlite_url: str,
+) -> None:
+    """Its own session has written and not committed; what an earlier attempt has recorded it
+    gets all the same."""
+    store = SQLStore(sqlite_url, timeout=0.1)
+    shop = Shop(store, Policy())
+    engine = create_engine(sqlite_url)
+
+    def handler(operation: Operation) -> Any:
+        operation.step("first", lambda: 1)
+        with engine.connect() as connection:
+            connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS mine (id INTEGER)")
+            connection.exec_driver_sql("INSERT INTO mine VALUES (1)")
+            with pytest.raises(StoreUnavailable, match="locked"):
+                operation.step("charge", never)
+            connection.rollback()
+            return operation.step("charge", lambda: "ch_1")
+
+    assert shop.post(lambda operation: handler(operation)).text == "'ch_1'"
+    engine.dispose()
+    store.close()
+
+
 @pytest.mark.parametrize("action", [Resolution.RELEASE, Resolution.FORGET])
 def test_an_operator_keeps_the_steps_with_a_release_and_drops_them_with_a_forget(
     open_shop: OpenShop, action: Resolution

@@ -546,6 +546,9 @@ class _PostgreSQL:
             raise
         return None if row is None else Claimed(attempt=row[0], effects=row[1])
 
+    def step(self, run: _Run, params: Mapping[str, Any]) -> Any:
+        return run(self.STEP, params).fetchone()
+
     def record_step(self, run: _Run, params: Mapping[str, Any]) -> bool:
         for _ in range(_LOOKS):
             try:
@@ -643,6 +646,15 @@ class _SQLite:
         row = run(_LITE_LOOKUP, {"digest": claim.digest}).fetchone()
         mine = None if row is None else _own_or_record(_record(tuple(row)), claim)
         return mine if isinstance(mine, Claimed) else None
+
+    def step(self, run: _Run, params: Mapping[str, Any]) -> Any:
+        """What is to be run is to be recorded: a handler that has the write lock itself, with
+        what it has not committed, must hear of it before it calls anybody."""
+        row = run(self.STEP, params).fetchone()
+        if row is not None and row[0] is None:
+            with immediately(run):
+                row = run(self.STEP, params).fetchone()
+        return row
 
     def record_step(self, run: _Run, params: Mapping[str, Any]) -> bool:
         return run(_LITE_RECORD_STEP, params).rowcount == 1
@@ -831,7 +843,7 @@ class SQLStore:
 
     def step(self, digest: bytes, token: bytes, name: str) -> Step | None:
         params = {"digest": digest, "token": token, "name": name}
-        row = self._call(lambda run: run(self._sql.STEP, params).fetchone())
+        row = self._call(lambda run: self._sql.step(run, params))
         return None if row is None else Step(result=row[0])
 
     def record_step(self, digest: bytes, token: bytes, name: str, result: str) -> bool:
