@@ -12,8 +12,10 @@ from typing import Any, cast
 import pytest
 from apps.shop import query
 from click.testing import CliRunner, Result
+from servers.commit_proxy import CommitProxy
 from servers.postgres import Postgres
 from sqlalchemy import Column, Connection, Engine, Integer, String, create_engine, event, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
@@ -860,6 +862,67 @@ def test_a_transaction_whose_connection_is_lost_is_not_given_back_to_the_pool(
     shop.post(handler)
     assert shop.orders() == []
     assert shop.post().headers["Idempotency-Replayed"]
+
+
+@pytest.mark.parametrize("way", ["Session", "Connection"])
+@pytest.mark.parametrize(("cut", "runs"), [("after", "rebuilt for k"), ("before", "bought 2")])
+def test_a_transaction_whose_commit_was_not_heard_of_is_not_committed_twice(
+    on_pg: OpenShop, cut: Any, runs: str, way: str
+) -> None:
+    """An application that tries its transaction again after a lost connection can't know
+    whether the first has taken effect. The row knows."""
+    shop = on_pg(rebuild=rebuild)
+    address = make_url(shop.url)
+    assert address.host is not None
+    assert address.port is not None
+
+    def commits(operation: Operation, engine: Engine) -> None:
+        with Session(engine) if way == "Session" else engine.connect() as target:
+            operation.guard(target)
+            target.execute(text("INSERT INTO orders (what) VALUES ('a book')"))
+            target.commit()
+
+    def tries_twice(operation: Operation, session: Session) -> str:
+        with CommitProxy((address.host or "", address.port or 0), cut) as proxy:
+            host, port = proxy.address
+            engine = create_engine(address.set(host=host, port=port))
+            with pytest.raises(DBAPIError):
+                commits(operation, engine)
+            try:
+                commits(operation, engine)
+            finally:
+                engine.dispose()
+        return "2"
+
+    if cut == "after":
+        with pytest.raises(GuardRefused, match="whose COMMIT was not heard of"):
+            shop.post(tries_twice)
+        assert shop.post().text == runs
+    else:
+        assert shop.post(tries_twice).text == runs
+    assert (shop.runs, shop.orders()) == (1, ["a book"])
+
+
+def test_a_connection_that_breaks_after_a_commit_leaves_no_doubt_about_it(
+    on_pg: OpenShop,
+) -> None:
+    shop = on_pg()
+
+    def handler(operation: Operation, session: Session) -> str:
+        operation.guard(session)
+        session.add(Order(what="a book"))
+        session.commit()
+        pid = session.scalar(text("SELECT pg_backend_pid()"))
+        query(shop.url, f"SELECT pg_terminate_backend({pid})")
+        with pytest.raises(DBAPIError):
+            session.scalar(text("SELECT 1"))
+        session.rollback()
+        session.add(Order(what="another"))
+        session.commit()
+        return "both"
+
+    assert shop.post(handler).text == "bought both"
+    assert shop.orders() == ["a book", "another"]
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])

@@ -24,7 +24,6 @@ from wsgi_idempotency import (
 from wsgi_idempotency.errors import StoreUnavailable
 from wsgi_idempotency.records import Claim, Claimed, Record
 
-
 #: A moment longer than the shortest lease, which is 1 s.
 LONGER_THAN_A_LEASE = 1.05
 

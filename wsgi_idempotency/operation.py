@@ -161,8 +161,9 @@ class Operation:
             :class:`sqlalchemy.Connection`; also in the middle of a transaction.
         :raises GuardRefused: it is something else, the policy has ``transaction=True``, which
             commits by itself, the store is not PostgreSQL or SQLite, or the operation has ended.
-            From the session's ``commit()``: its database is not the store's, or it is in
-            autocommit.
+            From the session's ``commit()``: its database is not the store's, it is in
+            autocommit, or an earlier transaction of the operation may be committed, whose
+            connection broke in its COMMIT.
         :raises ClaimLost: from the session's ``commit()``: somebody else has taken the operation
             over, and everything that this transaction wrote is rolled back.
         """
@@ -177,7 +178,8 @@ class Operation:
             )
         if self.ended:
             raise GuardRefused("the operation has ended: there is nothing to guard any more")
-        self._guards.append(cast("GuardingStore", self._store).guard(session, self._claim))
+        store = cast("GuardingStore", self._store)
+        self._guards.append(store.guard(session, self._claim, self._guards))
 
     @property
     def marked(self) -> bool:

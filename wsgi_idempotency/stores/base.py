@@ -6,7 +6,7 @@ passes it may be handed to :class:`~wsgi_idempotency.IdempotencyMiddleware`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from wsgi_idempotency.records import Claim, Claimed, Completion, Record, Step
@@ -166,6 +166,11 @@ class Guard(Protocol):
     #: A transaction has been marked; whether it was committed, the row says.
     marked: bool
 
+    @property
+    def unheard(self) -> bool:
+        """A transaction's COMMIT may have taken effect, and its application doesn't know: its
+        connection broke."""
+
     def remove(self) -> None:
         """Watch no longer."""
 
@@ -180,8 +185,11 @@ class GuardingStore(Store, Protocol):
     response.
     """
 
-    def guard(self, target: Any, claim: Claim) -> Guard:
+    def guard(self, target: Any, claim: Claim, siblings: Sequence[Guard] = ()) -> Guard:
         """Watch what the application hands over, until it is told not to.
+
+        :param siblings: the guards of the same operation, also those to come. While the COMMIT
+            of one is unheard, no other commits what might be the same, done twice.
 
         :raises GuardRefused: it can't be guarded.
         """

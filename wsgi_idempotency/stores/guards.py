@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, event, text
@@ -33,6 +34,7 @@ from wsgi_idempotency.records import Claim, State
 from wsgi_idempotency.stores.sql import _LITE_NOW, _NO_SCHEMA, sqlstate_of
 
 if TYPE_CHECKING:
+    from wsgi_idempotency.stores.base import Guard as BaseGuard
     from wsgi_idempotency.stores.sql import SQLStore
 
 logger = logging.getLogger("wsgi_idempotency")
@@ -45,6 +47,10 @@ _PG_MARK = text(f"""
 UPDATE idempotency_keys SET effects_at = clock_timestamp()
 WHERE key_digest = :digest AND claim_token = :token AND state = 'claimed' AND ({_PG_WRITTEN})""")
 
+# After a COMMIT that was not heard of. It has the row's lock until its transaction is over, so
+# that this one waits for it, wherever it is on its way.
+_PG_MARK_AT_FIRST = text(f"{_PG_MARK.text} AND effects_at IS NULL")
+
 _LITE_MARK = text(f"""
 UPDATE idempotency_keys SET effects_at = {_LITE_NOW}
 WHERE key_digest = :digest AND claim_token = :token AND state = 'claimed'""")
@@ -56,11 +62,16 @@ class Guard:
     :param store: where the claim is.
     :param target: a :class:`~sqlalchemy.orm.Session`, a
         :class:`~sqlalchemy.orm.scoped_session` or a :class:`~sqlalchemy.Connection`.
+    :param siblings: the guards of the same operation, also those to come.
     :raises GuardRefused: it is something else.
     """
 
-    def __init__(self, store: SQLStore, claim: Claim, target: Any) -> None:
+    def __init__(
+        self, store: SQLStore, claim: Claim, target: Any, siblings: Sequence[BaseGuard] = ()
+    ) -> None:
         self._store = store
+        self._siblings = siblings
+        self._committing: Any = None  # the driver's connection that was given a COMMIT last
         self._claim = claim
         self._session: Session | None = None
         self._connections: list[Connection] = []
@@ -75,6 +86,7 @@ class Guard:
         elif isinstance(target, Session):
             self._session = target
             event.listen(target, "after_begin", self._began)
+            event.listen(target, "after_commit", self._committed)
             if target.in_transaction():
                 self._watch(target.connection())
         else:
@@ -90,9 +102,19 @@ class Guard:
             self._over = True
         if self._session is not None:
             event.remove(self._session, "after_begin", self._began)
+            event.remove(self._session, "after_commit", self._committed)
         for connection in self._connections:
             for name, listener in self._listeners():
                 event.remove(connection, name, listener)
+
+    @property
+    def unheard(self) -> bool:
+        """The connection broke that was given a COMMIT last; of a Session's, in that COMMIT."""
+        return bool(getattr(self._committing, "broken", False))
+
+    def _committed(self, session: Session) -> None:
+        if not self.unheard:
+            self._committing = None
 
     def _began(self, session: Session, transaction: object, connection: Connection) -> None:
         self._watch(connection)
@@ -137,8 +159,10 @@ class Guard:
         if postgresql and driver.autocommit:
             raise GuardRefused(_AUTOCOMMIT)
         params = {"digest": self._claim.digest, "token": self._claim.token}
+        doubtful = self.unheard or any(guard.unheard for guard in self._siblings)
+        mark = _PG_MARK_AT_FIRST if doubtful else _PG_MARK if postgresql else _LITE_MARK
         try:
-            found = connection.execute(_PG_MARK if postgresql else _LITE_MARK, params).rowcount
+            found = connection.execute(mark, params).rowcount
             if not found and postgresql and not connection.scalar(text(_PG_WRITTEN)):
                 return
         except DBAPIError as exc:
@@ -149,13 +173,16 @@ class Guard:
                 raise GuardRefused(_NOT_HERE.format(self._store)) from exc
             raise
         if not found:
-            raise self._why_not()
+            raise self._why_not(doubtful)
         self.marked = True
+        self._committing = driver
 
-    def _why_not(self) -> Exception:
+    def _why_not(self, doubtful: bool) -> Exception:
         record = self._store.lookup(self._claim.digest)
         mine = record is not None and record.token == self._claim.token
         if record is not None and mine and record.state is State.CLAIMED:
+            if doubtful and record.effects:
+                return GuardRefused(_DONE_ALREADY)
             return GuardRefused(_NOT_HERE.format(self._store))
         return ClaimLost(
             "what the session wrote was rolled back: its operation's claim is lost. Somebody else"
@@ -166,6 +193,10 @@ class Guard:
 _AUTOCOMMIT = (
     "a connection in autocommit can't be guarded: what it writes is committed statement by"
     " statement. Give its engine or session a transaction"
+)
+_DONE_ALREADY = (
+    "what the session wrote was rolled back: a transaction of the same operation, whose COMMIT"
+    " was not heard of when its connection broke, may be committed, and would be done twice"
 )
 _NOT_HERE = (
     "what the session wrote was rolled back: the operation's row is not where it looks. Guard a"

@@ -17,7 +17,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import PoolProxiedConnection
 
+    from wsgi_idempotency.stores.base import Guard as GuardProtocol
     from wsgi_idempotency.stores.guards import Guard
     from wsgi_idempotency.stores.transactions import SQLTransaction
 
@@ -850,10 +851,10 @@ class SQLStore:
         params = {"digest": digest, "token": token, "name": name, "result": result}
         return self._call(lambda run: self._sql.record_step(run, params))
 
-    def guard(self, target: Any, claim: Claim) -> Guard:
+    def guard(self, target: Any, claim: Claim, siblings: Sequence[GuardProtocol] = ()) -> Guard:
         from wsgi_idempotency.stores.guards import Guard
 
-        return Guard(self, claim, target)
+        return Guard(self, claim, target, siblings)
 
     # ------------------------------------------------------------------ transactions
 
