@@ -903,6 +903,33 @@ def test_a_transaction_whose_commit_was_not_heard_of_is_not_committed_twice(
     assert (shop.runs, shop.orders()) == (1, ["a book"])
 
 
+def test_a_commit_that_was_not_heard_of_is_not_forgotten_for_one_that_has_only_read(
+    on_pg: OpenShop,
+) -> None:
+    shop = on_pg(rebuild=rebuild)
+    address = make_url(shop.url)
+
+    def reads_in_between(operation: Operation, _: Session) -> None:
+        with CommitProxy((address.host or "", address.port or 0), "after") as proxy:
+            host, port = proxy.address
+            engine = create_engine(address.set(host=host, port=port))
+            try:
+                with Session(engine) as session:
+                    with pytest.raises(DBAPIError):
+                        buy(operation, session)
+                    session.rollback()
+                    session.scalar(text("SELECT 1"))
+                    session.commit()
+                    session.add(Order(what="a book"))
+                    session.commit()
+            finally:
+                engine.dispose()
+
+    with pytest.raises(GuardRefused, match="whose COMMIT was not heard of"):
+        shop.post(reads_in_between)
+    assert shop.orders() == ["a book"]
+
+
 def test_a_connection_that_breaks_after_a_commit_leaves_no_doubt_about_it(
     on_pg: OpenShop,
 ) -> None:
