@@ -23,6 +23,7 @@ from servers.commit_proxy import CommitProxy
 from servers.postgres import PostgresServer
 from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+from sqlalchemy.orm import Session
 from werkzeug.test import Client, TestResponse, create_environ
 from werkzeug.wrappers import Response
 
@@ -1173,6 +1174,51 @@ def test_the_application_may_commit_what_is_in_no_transaction_of_ours(pg_shop: O
     shop = pg_shop(auditing)
     assert shop.post().status_code == 400
     assert (shop.amounts(), shop.rows()) == ([7], [])
+
+
+def test_savepoints_on_another_connection_are_none_of_the_transaction_s(pg_shop: OpenShop) -> None:
+    """Of the same engine, whose savepoints are watched: those over there nest among
+    themselves, while a session over here is open."""
+
+    def auditing(environ: Any, start_response: Any) -> Any:
+        with session() as joined:
+            joined.add(Charge(amount=1))
+            joined.flush()
+            with current_operation.connection.engine.begin() as elsewhere:
+                for amount in (7, 8):
+                    savepoint = elsewhere.begin_nested()
+                    elsewhere.execute(text(f"INSERT INTO charges (amount) VALUES ({amount})"))
+                    if amount == 7:
+                        savepoint.commit()
+                    else:
+                        savepoint.rollback()
+        return Response("done", 201)(environ, start_response)
+
+    shop = pg_shop(auditing)
+    assert shop.post().status_code == 201
+    assert shop.amounts() == [7], "ours was flushed and not committed"
+
+
+def test_a_session_that_begins_no_savepoint_writes_into_the_transaction(
+    open_shop: OpenShop,
+) -> None:
+    """SQLAlchemy's default on a connection with no savepoint. Its commit() leaves the rest to
+    us, its rollback() is of the whole transaction."""
+
+    def plain(environ: Any, start_response: Any) -> Any:
+        charge(1)
+        with Session(bind=current_operation.connection) as joined:
+            joined.add(Charge(amount=2))
+            joined.flush()
+            end = environ["QUERY_STRING"]
+            getattr(joined, end)()
+        return Response("done", 201)(environ, start_response)
+
+    shop = open_shop(plain)
+    assert shop.post("undone", query_string="rollback").status_code == 500
+    assert (shop.amounts(), shop.rows()) == ([], [])
+    assert shop.post("done", query_string="commit").status_code == 201
+    assert shop.amounts() == [1, 2]
 
 
 def test_a_schema_that_has_gone_is_said_so(
