@@ -26,6 +26,7 @@ from wsgi_idempotency import (
     RELEASE,
     STORE,
     IdempotencyMiddleware,
+    MemoryStore,
     Outcome,
     Policy,
     SQLStore,
@@ -498,6 +499,29 @@ def test_an_application_may_start_again_while_it_is_watched(sqlite_url: str) -> 
     )
     assert (response.status, response.data, passed) == (FAILED, b"sorry", [point])
     store.close()
+
+
+def test_what_the_application_answers_with_is_closed_before_the_last_edge() -> None:
+    """PEP 3333: also where nobody asks for the key, and what is closed is the application's."""
+    told: list[object] = []
+
+    class Answer:
+        def __iter__(self):
+            return iter([b"hello"])
+
+        def close(self):
+            told.append("closed")
+
+    def app(environ, start_response):
+        start_response(CREATED, [])
+        return Answer()
+
+    middleware = IdempotencyMiddleware(app, MemoryStore(), scope=everyone)
+    point = CrashPoint.AFTER_ANSWER
+    response = Client(crash_at(middleware, point, die=lambda: told.append(point))).post("/")
+    assert response.data == b"hello"
+    response.close()
+    assert told == ["closed", point]
 
 
 def test_the_package_s_testing_module_has_all_of_it() -> None:
