@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import sqlalchemy
 from servers.postgres import Postgres, database_of
 from sqlalchemy import select
 
-from wsgi_idempotency.records import Claim, Lapse
+from wsgi_idempotency.errors import StoreUnavailable
+from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record
 from wsgi_idempotency.stores.base import Store
 from wsgi_idempotency.stores.memory import MemoryStore
 from wsgi_idempotency.stores.sql import SQLStore
@@ -30,6 +31,62 @@ from wsgi_idempotency.testing import (
 class TestMemoryStore(StoreConformance):
     def make_store(self) -> Store:
         return MemoryStore()
+
+
+class WithoutSteps:
+    """A store of a third party's, with what is required and no more, on a server that may be
+    away."""
+
+    def __init__(self, away: bool = False) -> None:
+        self._rows, self._away = MemoryStore(), away
+
+    def _reached(self) -> MemoryStore:
+        if self._away:
+            raise StoreUnavailable("the server is away")
+        return self._rows
+
+    def claim(self, claim: Claim) -> Claimed | Record:
+        return self._reached().claim(claim)
+
+    def take_over(self, claim: Claim, seen: Record) -> Claimed | None:
+        return self._reached().take_over(claim, seen)
+
+    def lookup(self, digest: bytes) -> Record | None:
+        return self._reached().lookup(digest)
+
+    def complete(self, digest: bytes, token: bytes, completion: Completion) -> bool:
+        return self._reached().complete(digest, token, completion)
+
+    def release(self, digest: bytes, token: bytes) -> bool:
+        return self._reached().release(digest, token)
+
+    def forget(self, digest: bytes, token: bytes) -> bool:
+        return self._reached().forget(digest, token)
+
+    def hold(self, digest: bytes, token: bytes) -> bool:
+        return self._reached().hold(digest, token)
+
+    def renew(self, claims: Iterable[tuple[bytes, bytes, float]]) -> set[bytes]:
+        return self._reached().renew(claims)
+
+    def purge(self, limit: int) -> int:
+        return self._reached().purge(limit)
+
+    def check(self) -> None:
+        self._reached().check()
+
+    def close(self) -> None:
+        self._rows.close()
+
+
+class TestWithoutSteps(StoreConformance):
+    """Steps are an ability that a store may do without."""
+
+    def make_store(self) -> Store:
+        return WithoutSteps()
+
+    def unreachable_store(self) -> Store:
+        return WithoutSteps(away=True)
 
 
 class SQLConformance(StoreConformance):
