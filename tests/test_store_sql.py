@@ -31,7 +31,8 @@ from wsgi_idempotency.errors import (
     StoreError,
     StoreUnavailable,
 )
-from wsgi_idempotency.records import Claim, Claimed, Completion, Record
+from wsgi_idempotency.records import Claim, Claimed, Completion, Record, Step
+from wsgi_idempotency.stores.psycopg3 import execute as execute_straight
 from wsgi_idempotency.stores.sql import database_url, shown
 from wsgi_idempotency.testing import make_claim
 
@@ -125,16 +126,30 @@ def test_no_password_is_shown_wherever_the_url_has_it() -> None:
     assert "application_name=x" in shown(store.url)
 
 
-def raise_on(url: str, event: str, sqlstate: str | None, message: str = "refused") -> None:
-    """Let the database refuse an event with a SQLSTATE, or ignore it silently."""
+def raise_on(
+    url: str,
+    event: str,
+    sqlstate: str | None,
+    message: str = "refused",
+    table: str = "idempotency_keys",
+    times: int | None = None,
+) -> None:
+    """Let the database refuse an event with a SQLSTATE, or ignore it silently.
+
+    :param times: how often, before it lets the event pass; None for always.
+    """
     what = "RETURN NULL" if sqlstate is None else f"RAISE '{message}' USING ERRCODE = '{sqlstate}'"
+    if times is not None:
+        # A sequence isn't rolled back.
+        what = f"IF nextval('refusals') <= {times} THEN {what}; END IF; RETURN NEW"
     with psycopg.connect(libpq(url), autocommit=True) as connection:
+        connection.execute("CREATE SEQUENCE IF NOT EXISTS refusals")
         connection.execute(
             "CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
             f" $$ BEGIN {what}; END $$"
         )
         connection.execute(
-            f"CREATE OR REPLACE TRIGGER refuse BEFORE {event} ON idempotency_keys"
+            f"CREATE OR REPLACE TRIGGER refuse BEFORE {event} ON {table}"
             " FOR EACH ROW EXECUTE FUNCTION refuse()"
         )
 
@@ -186,6 +201,50 @@ def test_a_take_over_that_can_not_be_serialized_is_somebody_else_s(pg_database):
     with pytest.raises(StoreUnavailable, match="refused"):
         store.take_over(claim, seen)
     store.close()
+
+
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
+def test_a_step_that_can_not_be_serialized_is_recorded_at_the_next_try(pg_database, sqlstate):
+    """It has run, and must not run again for that."""
+    store, claim = SQLStore(pg_database), new_claim()
+    store.claim(claim)
+    raise_on(pg_database, "INSERT", sqlstate, table="idempotency_steps", times=1)
+    assert store.record_step(claim.digest, claim.token, "charge", '"ch_1"') is True
+    assert store.step(claim.digest, claim.token, "charge") == Step('"ch_1"')
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "said"), [("40001", "no stable answer"), ("P0001", "refused")]
+)
+def test_a_step_that_is_refused_is_not_said_to_be_recorded(pg_database, sqlstate, said):
+    """What can't be serialized ever is given up; what is refused otherwise isn't tried again."""
+    store, claim = SQLStore(pg_database), new_claim()
+    store.claim(claim)
+    raise_on(pg_database, "INSERT", sqlstate, table="idempotency_steps")
+    with pytest.raises(StoreUnavailable, match=said):
+        store.record_step(claim.digest, claim.token, "charge", '"ch_1"')
+    assert store.step(claim.digest, claim.token, "charge") == Step(None)
+    store.close()
+
+
+def test_what_goes_the_short_way_comes_back_as_a_cursor_of_psycopg_s_has_it(pg_database):
+    """Every type of value that a statement of a request takes or answers, and NULL."""
+    statement = (
+        "SELECT n, n::smallint, n::bigint, %(flag)s::bool, %(raw)s::bytea, %(text)s::text,"
+        " %(number)s::bigint, %(real)s::float8, %(nothing)s::text FROM generate_series(1, 3) AS n"
+    )
+    values = {"flag": True, "raw": b"\0\xff", "text": "Zürich", "number": -(2**62), "real": 0.1}
+    values["nothing"] = None
+    with psycopg.connect(libpq(pg_database)) as connection:
+        usual = connection.execute(statement, values, binary=True)
+        short = execute_straight(connection, statement, values, prepare=False)
+        assert short.rowcount == usual.rowcount == 3
+        assert short.fetchone() == usual.fetchone()
+        assert short.fetchall()[1:] == usual.fetchall()
+        assert (
+            execute_straight(connection, "SELECT 1 WHERE false", {}, prepare=False).fetchall() == []
+        )
 
 
 def test_a_renewal_that_sqlite_refuses_changes_nothing_and_locks_nobody_out(tmp_path):
