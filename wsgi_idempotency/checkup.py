@@ -466,8 +466,8 @@ def check_pooler(connection: Connection) -> Finding:
             prepare=False,
         ).fetchone()
         carried = name.startswith("PGBOUNCER_")
-        if not carried:
-            driver.execute(f'DEALLOCATE "{name}"', prepare=False)
+        # The name of one that it carries is its own, and not ours to drop.
+        driver.execute("SELECT 1" if carried else f'DEALLOCATE "{name}"', prepare=False)
     return judge_pooler(True, carried=carried)
 
 
