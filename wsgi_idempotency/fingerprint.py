@@ -16,7 +16,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote_to_bytes
 
@@ -78,7 +78,7 @@ def canonical(environ: WSGIEnvironment, body: bytes) -> bytes:
         value = _VALUES[media_type.kind](body)
     if value is None:
         return _byte_for_byte(b"canonical", environ, [body])
-    parts = media_type.kind, digest_parts(*media_type.parts), value
+    parts = media_type.kind, media_type.digest, value
     return digest_parts(b"canonical", *_target(environ), *parts)
 
 
@@ -195,7 +195,7 @@ def _byte_for_byte(tag: bytes, environ: WSGIEnvironment, chunks: Iterable[bytes]
     elif media_type.boundary:
         content = _multipart(media_type, chunks)
     else:
-        content = [b"bytes", digest_parts(*media_type.parts), _digest(chunks)]
+        content = [b"bytes", media_type.digest, _digest(chunks)]
     return digest_parts(tag, *_target(environ), *content)
 
 
@@ -234,6 +234,10 @@ class _MediaType:
     kind: bytes
     boundary: bytes
     parts: tuple[bytes, ...]
+
+    @cached_property  # the few there are stay in _parsed's cache
+    def digest(self) -> bytes:
+        return digest_parts(*self.parts)
 
 
 def _media_type(environ: WSGIEnvironment) -> _MediaType:
@@ -314,7 +318,7 @@ def _multipart(media_type: _MediaType, chunks: Iterable[bytes]) -> list[bytes]:
         window = window[end:]
     segment.update(window)
     segments.update(segment.digest())
-    content = [digest_parts(*media_type.parts), segments.digest()]
+    content = [media_type.digest, segments.digest()]
     if closed and not ambiguous and b"--" + boundary not in window:
         return [b"multipart", *content]
     # Cut off, or with the boundary where one parser would take it for a separator and

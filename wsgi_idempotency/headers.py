@@ -98,6 +98,7 @@ def unsendable(status: str, headers: Iterable[tuple[str, str]]) -> str | None:
     """Why a response head can't be sent as it is, or None. A server would refuse it, too."""
     if not _STATUS.fullmatch(status):
         return "the status line was not valid HTTP"
-    if not all(sendable(pair) for pair in headers):
-        return "a header field was not valid HTTP"
+    for pair in headers:
+        if not sendable(pair):
+            return "a header field was not valid HTTP"
     return None
