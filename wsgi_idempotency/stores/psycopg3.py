@@ -24,7 +24,6 @@ import psycopg
 from psycopg import generators
 from psycopg._preparing import Prepare, PrepareManager
 from psycopg.pq import ExecStatus
-from psycopg.waiting import Ready
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
@@ -65,7 +64,7 @@ def _bounded(gen: Generator[Any, Any, _T], seconds: float) -> Generator[Any, Any
         state = next(gen)
         while True:
             ready = yield state
-            if ready == Ready.NONE and time.monotonic() > deadline:
+            if not ready and time.monotonic() > deadline:
                 raise TimedOut(f"no answer within {seconds:g} s")
             state = gen.send(ready)
     except StopIteration as done:
@@ -277,7 +276,7 @@ def _executing(
 ) -> _Asking:
     server: PGconn = connection.pgconn
     if prepare:
-        name = yield from _preparing(connection, statement)
+        name = _prepared(connection, statement) or (yield from _preparing(connection, statement))
         if not isinstance(name, bytes):
             return name
         send = partial(server.send_query_prepared, name, values, statement.formats, _BINARY)
@@ -369,6 +368,15 @@ def _plans(connection: Any) -> dict[bytes, _Plan]:
     return plans
 
 
+def _prepared(connection: psycopg.Connection[Any], statement: _Statement) -> bytes | None:
+    """Under which name a statement is prepared; None when it is to be prepared anew."""
+    plan = _plans(connection).get(statement.name)
+    if plan is None or not plan.left:
+        return None
+    plan.left -= 1
+    return plan.name
+
+
 def _preparing(
     connection: psycopg.Connection[Any], statement: _Statement
 ) -> Generator[Any, Any, bytes | PGresult]:
@@ -376,9 +384,6 @@ def _preparing(
     server: PGconn = connection.pgconn
     plans = _plans(connection)
     plan = plans.get(statement.name)
-    if plan is not None and plan.left:
-        plan.left -= 1
-        return plan.name
     lasts, name = 32, statement.name
     if plan is not None:
         lasts = 2 * plan.lasts
