@@ -347,7 +347,7 @@ class _Run:
 
     # The heartbeat: it renews and tries again whenever it likes, which is for the search.
 
-    def start(self, claim: Claim, operation: object) -> None:
+    def start(self, claim: Claim, operation: object, asked: float) -> None:
         if self._threads_fail and self.ask(THREAD) == NO_THREAD:
             raise RuntimeError(NO_THREAD)
         self.kept = True
