@@ -23,6 +23,9 @@ from wsgi_idempotency.schema import upgrade
 
 CONNECTIONS = 16
 REPLAYED = 16  # keys that replays are of
+#: In the table beforehand: nobody's statements are planned for an empty one, which the references
+#: would go on to read from end to end.
+ROWS = 10_000
 HERE = Path(__file__).parent
 REFERENCES = {
     "reference: exec_prepared, INSERT-first": "ExecPreparedInsertFirst",
@@ -80,7 +83,7 @@ class _Bench:
         self._wrk = str(shutil.which("wrk"))
 
     def postgresql(self, worker_class: str, threads: int) -> list[Figure]:
-        store = {"BENCH_STORE": database_with(self._server, 0)}
+        store = {"BENCH_STORE": database_with(self._server, ROWS)}
         asynchronous = json.dumps({"claim_durability": "asynchronous"})
         variants: dict[str, dict[str, str]] = {
             "bare": {"BENCH_WRAP": "bare"},
@@ -93,7 +96,7 @@ class _Bench:
             for name, kind in REFERENCES.items():
                 # Of its own: the references keep what the product would not find its own.
                 variants[name] = {
-                    "BENCH_WRAP": kind, "BENCH_STORE": database_with(self._server, 0)
+                    "BENCH_WRAP": kind, "BENCH_STORE": database_with(self._server, ROWS)
                 }  # fmt: skip
         floors = {
             "fresh": {"wrapped": 0.40, "wrapped, asynchronous claim": 0.55},
@@ -113,7 +116,7 @@ class _Bench:
 
     def writing(self, database: str, floor: float | None) -> list[Figure]:
         """An application that itself writes one row and commits."""
-        url = database_with(self._server, 0) if database == "PostgreSQL" else self._sqlite()
+        url = database_with(self._server, ROWS) if database == "PostgreSQL" else self._sqlite()
         engine = create_engine(url)
         with engine.begin() as connection:
             connection.execute(text("CREATE TABLE charges (amount integer NOT NULL)"))
