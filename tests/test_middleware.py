@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import io
 import json
+import logging
 import os
 import sqlite3
 import subprocess
@@ -2345,7 +2346,10 @@ def test_a_child_that_a_handler_forks_leaves_the_claim_to_its_parent(sqlite_url)
 
 
 @pytest.mark.timeout(900)  # seconds; branch coverage slows each of the many requests
-def test_ten_thousand_errors_leak_nothing():
+def test_ten_thousand_errors_leak_nothing(caplog):
+    # What threads that other tests have left log meanwhile is kept until the end of this one.
+    caplog.set_level(logging.CRITICAL + 1, logger="wsgi_idempotency")
+
     def app(environ, start_response):
         raise RuntimeError("handler")
 
@@ -2361,8 +2365,7 @@ def test_ten_thousand_errors_leak_nothing():
     burst(1000)
     objects, files = burst(500)
     later, files_later = burst(8500)
-    # Threads that other tests have left may log meanwhile: less than one object for two errors.
-    assert later - objects < 8500 // 2
+    assert later - objects < 500
     assert files_later == files
 
 
