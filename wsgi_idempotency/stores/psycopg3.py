@@ -11,7 +11,9 @@ Imported only with a PostgreSQL store, since psycopg is an extra.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+import select
 import struct
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,7 +23,6 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from psycopg import generators
 from psycopg._preparing import Prepare, PrepareManager
 from psycopg.pq import ExecStatus
 
@@ -45,15 +46,19 @@ class BoundedConnection(psycopg.Connection[Any]):
         try:
             return super().wait(_bounded(gen, self.seconds), *args, **kwargs)
         except TimedOut:
-            # Closing alone leaves a backend that waits for a lock where it is, with the
-            # statement still to run, and one more of the server's connections in use.
-            # PostgreSQL looks for a client that is gone only between statements, unless
-            # client_connection_check_interval is set. Before libpq 17 to cancel is to block.
-            if psycopg.capabilities.has_cancel_safe():
-                with suppress(psycopg.Error):
-                    self.cancel_safe(timeout=min(1.0, self.seconds))
-            self.close()
+            self.give_up()
             raise
+
+    def give_up(self) -> None:
+        """Close it although an answer is still to come."""
+        # Closing alone leaves a backend that waits for a lock where it is, with the
+        # statement still to run, and one more of the server's connections in use.
+        # PostgreSQL looks for a client that is gone only between statements, unless
+        # client_connection_check_interval is set. Before libpq 17 to cancel is to block.
+        if psycopg.capabilities.has_cancel_safe():
+            with suppress(psycopg.Error):
+                self.cancel_safe(timeout=min(1.0, self.seconds))
+        self.close()
 
 
 def _bounded(gen: Generator[Any, Any, _T], seconds: float) -> Generator[Any, Any, _T]:
@@ -118,10 +123,11 @@ def name_by_content(connection: Any) -> None:
 # ---------------------------------------------------------------------- the straight way
 
 # psycopg's cursors find out anew for every execution how to send each value and how to read
-# each column, which costs more than all the rest of a claim does on the client. The few
-# statements of a request, whose values are of five types, go to libpq by the functions that
-# psycopg's cursors use in the end: its own generators, driven by the connection's own wait.
-# So a time-out, a signal and gevent find them like any other statement.
+# each column, and drive a generator through several layers to wait for the answer. Both cost
+# more than all the rest of a claim does on the client. The few statements of a request, whose
+# values are of five types, go to libpq by psycopg's PGconn, in libpq's asynchronous way
+# (PostgreSQL documentation, 34.4): what waits is Python's select, which a signal interrupts
+# and gevent replaces.
 
 _BINARY = 1
 
@@ -226,8 +232,6 @@ class Answer:
 
 _GOOD = (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK)
 
-_Asking = Generator[Any, Any, "PGresult"]
-
 
 def goes_straight(connection: psycopg.Connection[Any]) -> bool:
     """Whether text can be sent on a connection as :func:`execute` does."""
@@ -250,6 +254,7 @@ def execute(
     :param begin: begin the connection's transaction before it, in the same round trip where
         libpq (14) can. psycopg's own pipeline waits for the answer to its BEGIN.
     :raises psycopg.Error: as a cursor would raise it.
+    :raises TimedOut: a :class:`BoundedConnection` had no answer in time.
     """
     kinds, values = [], []
     for name in _names(statement):
@@ -258,7 +263,7 @@ def execute(
         kinds.append(kind)
         values.append(send(value))
     made = _statement(statement, tuple(kinds))
-    result = connection.wait(_executing(connection, made, values, prepare, begin))
+    result = _execute(connection, made, values, prepare, begin)
     if result.status not in _GOOD:
         exc = psycopg.errors.error_from_result(result)
         if isinstance(exc, psycopg.errors.InvalidSqlStatementName):
@@ -267,16 +272,16 @@ def execute(
     return Answer(result)
 
 
-def _executing(
+def _execute(
     connection: psycopg.Connection[Any],
     statement: _Statement,
     values: Sequence[bytes | None],
     prepare: bool,
     begin: bool,
-) -> _Asking:
+) -> PGresult:
     server: PGconn = connection.pgconn
     if prepare:
-        name = _prepared(connection, statement) or (yield from _preparing(connection, statement))
+        name = _prepared(connection, statement) or _prepare(connection, statement)
         if not isinstance(name, bytes):
             return name
         send = partial(server.send_query_prepared, name, values, statement.formats, _BINARY)
@@ -286,14 +291,12 @@ def _executing(
             statement.command, values, statement.types, statement.formats, _BINARY,
         )  # fmt: skip
     if not begin:
-        return (yield from _answer(server, send))
+        return _answer(connection, send)
     command = connection._get_tx_start_command()
     if psycopg.capabilities.has_pipeline():
-        return (
-            yield from _together(server, partial(server.send_query_params, command, None), send)
-        )
-    begun = yield from _answer(server, partial(server.send_query, command))
-    return (yield from _answer(server, send)) if begun.status in _GOOD else begun
+        return _together(connection, partial(server.send_query_params, command, None), send)
+    begun = _answer(connection, partial(server.send_query, command))
+    return _answer(connection, send) if begun.status in _GOOD else begun
 
 
 def commit_and(connection: psycopg.Connection[Any], then: str) -> bool:
@@ -306,39 +309,116 @@ def commit_and(connection: psycopg.Connection[Any], then: str) -> bool:
     """
     if connection._num_transactions:
         connection.commit()  # which says what is wrong with that
-    command = f"COMMIT; {then}".encode()
-    committed, *others = connection.wait(_answers(connection.pgconn, command))
+    # The simple query protocol takes several statements in one message.
+    connection.pgconn.send_query(f"COMMIT; {then}".encode())
+    ((committed, *others),) = _answers(connection)
     if committed.status not in _GOOD:
         raise psycopg.errors.error_from_result(committed)
     return all(other.status in _GOOD for other in others)
 
 
-def _answers(server: PGconn, command: bytes) -> Generator[Any, Any, list[PGresult]]:
-    # The simple query protocol takes several statements in one message.
-    server.send_query(command)
-    results: list[PGresult] = yield from generators.execute(server)
-    return results
-
-
-def _answer(server: PGconn, send: Callable[[], None]) -> _Asking:
+def _answer(connection: psycopg.Connection[Any], send: Callable[[], None]) -> PGresult:
     send()
-    results: list[PGresult] = yield from generators.execute(server)
-    (result,) = results
+    ((result,),) = _answers(connection)
     return result
 
 
-def _together(server: PGconn, first: Callable[[], None], second: Callable[[], None]) -> _Asking:
+def _together(
+    connection: psycopg.Connection[Any], first: Callable[[], None], second: Callable[[], None]
+) -> PGresult:
     """Send two commands and then wait for both; the answer to the first that failed, or to the
     second."""
+    server: PGconn = connection.pgconn
     server.enter_pipeline_mode()
     for send in (first, second, server.pipeline_sync):
         send()
-    yield from generators.send(server)
-    answers: list[PGresult] = []
-    for _ in range(3):
-        answers += yield from generators.fetch_many(server)
+    (begun,), (answer,), _ = _answers(connection, 3)
     server.exit_pipeline_mode()
-    return answers[1] if answers[0].status in _GOOD else answers[0]
+    return answer if begun.status in _GOOD else begun
+
+
+def _answers(connection: psycopg.Connection[Any], commands: int = 1) -> list[list[PGresult]]:
+    """Wait for the results of so many commands that were given to libpq.
+
+    :raises psycopg.OperationalError: the connection was lost.
+    :raises TimedOut: not all came in time.
+    """
+    if not isinstance(connection, BoundedConnection):  # of an engine of the application's
+        return _Waiting(connection.pgconn, math.inf).answers(commands)
+    try:
+        return _Waiting(connection.pgconn, connection.seconds).answers(commands)
+    except TimedOut:
+        connection.give_up()
+        raise
+
+
+class _Waiting:
+    """libpq's asynchronous way (PostgreSQL documentation, 34.4), for so many seconds."""
+
+    __slots__ = ("_deadline", "_seconds", "_server")
+
+    def __init__(self, server: PGconn, seconds: float) -> None:
+        self._server = server
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+
+    def answers(self, commands: int) -> list[list[PGresult]]:
+        self._send()
+        return [self._results() for _ in range(commands)]
+
+    def _send(self) -> None:
+        """Hand all that libpq has buffered to the network. A server that sends meanwhile may take
+        nothing more until that was read."""
+        while self._server.flush():
+            if self._wait(_IN | _OUT) & _IN:
+                self._server.consume_input()
+
+    def _results(self) -> list[PGresult]:
+        """The results of one command."""
+        server = self._server
+        results: list[PGresult] = []
+        while True:
+            try:
+                while server.is_busy():
+                    self._wait(_IN)
+                    server.consume_input()
+            except psycopg.OperationalError:
+                # A server that says why it hangs up is worth hearing.
+                if any(result.status == ExecStatus.FATAL_ERROR for result in results):
+                    return results
+                raise
+            result = server.get_result()
+            if result is None:
+                return results
+            results.append(result)
+            if result.status == ExecStatus.PIPELINE_SYNC:
+                return results  # nothing ends it
+
+    def _wait(self, events: int) -> int:
+        """Which of the events there are on the connection's socket."""
+        left = self._deadline - time.monotonic()
+        happened = _poll(self._server.socket, events, max(0.0, left))
+        if not happened:
+            raise TimedOut(f"no answer within {self._seconds:g} s")
+        return happened
+
+
+_IN, _OUT = 1, 4  # of poll(2)
+
+
+def _poll(socket: int, events: int, seconds: float) -> int:
+    """poll(2) for one socket; 0 when time was up. Where there is none, on Windows and under
+    eventlet, by select(): there it takes any socket."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(socket, events)
+        # Rounded up: a wait for less than a millisecond is none.
+        happened = poll.poll(None if seconds == math.inf else math.ceil(seconds * 1000))
+        # An error, or a connection that was closed, is found by reading.
+        return happened[0][1] & (_IN | _OUT) or _IN if happened else 0
+    wanted = [socket] if events & _OUT else []
+    read, write, _ = select.select([socket], wanted, [], None if seconds == math.inf else seconds)
+    return (_IN if read else 0) | (_OUT if write else 0)
 
 
 # ---------------------------------------------------------------------- plans
@@ -377,9 +457,7 @@ def _prepared(connection: psycopg.Connection[Any], statement: _Statement) -> byt
     return plan.name
 
 
-def _preparing(
-    connection: psycopg.Connection[Any], statement: _Statement
-) -> Generator[Any, Any, bytes | PGresult]:
+def _prepare(connection: psycopg.Connection[Any], statement: _Statement) -> bytes | PGresult:
     """Have a statement prepared; its name, or the answer if it can't be."""
     server: PGconn = connection.pgconn
     plans = _plans(connection)
@@ -391,13 +469,13 @@ def _preparing(
             # A message of the protocol's (libpq 17), which poolers that carry prepared
             # statements over understand; DEALLOCATE they don't.
             del plans[statement.name]
-            yield from _answer(server, partial(server.send_close_prepared, name))
+            _answer(connection, partial(server.send_close_prepared, name))
             lasts = min(lasts, _LONGEST)
         else:
             # The old one stays, one of a dozen or two in a connection's life.
             name += b"_%d" % lasts
-    made = yield from _answer(
-        server, partial(server.send_prepare, name, statement.command, statement.types)
+    made = _answer(
+        connection, partial(server.send_prepare, name, statement.command, statement.types)
     )
     if made.status not in _GOOD:
         return made
