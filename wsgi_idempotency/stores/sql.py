@@ -42,7 +42,7 @@ from wsgi_idempotency.errors import (
     TransactionFailed,
 )
 from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State, Step
-from wsgi_idempotency.stores.pools import ClosingPool
+from wsgi_idempotency.stores.pools import StatementPool
 from wsgi_idempotency.stores.tables import (
     SCHEMA_REVISION,
     VERSION_TABLE,
@@ -934,7 +934,7 @@ class SQLStore:
             raise AnswerLost(f"the connection to {self!r} was lost: {exc}") from exc
 
     def _once(self, work: Callable[[_Run], _T]) -> _T:
-        connection, driver = self._checkout()
+        connection, driver, give_back = self._checkout()
         try:
             return work(self._sql.straight(driver))
         except self._driver_error as exc:
@@ -957,18 +957,22 @@ class SQLStore:
             connection.invalidate()
             raise
         finally:
-            connection.close()
+            give_back()
 
-    def _checkout(self) -> tuple[Connection | PoolProxiedConnection, Any]:
+    def _checkout(
+        self,
+    ) -> tuple[Connection | PoolProxiedConnection, Any, Callable[[], None]]:
+        """A connection, the driver's, and how to give it back."""
         engine = self.engine
         try:
             if self._given is None:
-                pooled = engine.raw_connection()
-                return pooled, pooled.driver_connection
+                pool = cast("StatementPool", engine.pool)
+                pooled = pool.take()
+                return pooled, pooled.dbapi_connection, partial(pool.give, pooled)
             # SQLAlchemy switches the connection to autocommit, and back again when it is
             # returned: attributes of the drivers, not round trips.
             connection = engine.connect()
-            return connection, connection.connection.driver_connection
+            return connection, connection.connection.driver_connection, connection.close
         except (SQLAlchemyError, self._driver_error) as exc:
             raise self._unreachable(exc) from exc
 
@@ -1014,7 +1018,6 @@ class SQLStore:
             defaults["prepare_threshold"] = None
         engine = self._engine_with(
             use_native_hstore=False,  # it would look the type up on every connection
-            poolclass=ClosingPool,
             pool_use_lifo=True,  # lets idle connections beyond the need go quiet
             connect_args={k: v for k, v in defaults.items() if k not in self.url.query},
             **options,
@@ -1024,7 +1027,9 @@ class SQLStore:
         return engine
 
     def _engine_with(self, **options: Any) -> Engine:
-        return create_engine(self.url, pool_timeout=self._timeout, **options)
+        return create_engine(
+            self.url, poolclass=StatementPool, pool_timeout=self._timeout, **options
+        )
 
     def _make_transactions(self) -> Engine:
         from wsgi_idempotency.stores.transactions import watch
