@@ -849,7 +849,7 @@ class Terminal:
     def __enter__(self) -> Terminal:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         with self.process:
             self.process.kill()
         os.close(self._master)

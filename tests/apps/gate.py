@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 PATIENCE = 30  # seconds that either side waits for the other
@@ -71,11 +70,6 @@ class Gate:
     def __enter__(self) -> Gate:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         for sock in (self._listener, *self._connections):
             sock.close()

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 import threading
-from types import TracebackType
 from typing import final
 
 #: Lingering for no time at all makes close() send a reset.
@@ -44,12 +43,7 @@ class Proxy:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join()
         self._loop.close()

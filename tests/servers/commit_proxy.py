@@ -7,7 +7,7 @@ import selectors
 import socket
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, final
+from typing import Literal, final
 
 from servers.proxy import ThreadingProxy
 
@@ -47,7 +47,7 @@ class CommitProxy(ThreadingProxy):
         self._commits = commits
         self._go.send(b"\0")
 
-    def __exit__(self, *exc_info: Any) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         super().__exit__(*exc_info)
         self._go.close()
         self._gone.close()

@@ -17,7 +17,6 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 
 from servers import KILL_GROUP, Watchdog, free_port
 from servers.postgres import unprivileged_user
@@ -149,10 +148,5 @@ class PgBouncer:
     def __enter__(self) -> PgBouncer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()

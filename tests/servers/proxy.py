@@ -7,7 +7,6 @@ import selectors
 import socket
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,12 +34,7 @@ class ThreadingProxy(abc.ABC):
         self._threads[0].start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         # One byte that nobody reads: readable for every thread, accepting or carrying.
         self._wake.send(b"\0")
         for thread in self._threads:
