@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import statistics
@@ -17,9 +18,7 @@ HEADERS = (("Content-Type", "application/json"), ("Location", "/payments/1"))
 
 def digest_of(number: int) -> bytes:
     """As bench/rows.py makes the digests of what it loads."""
-    import hashlib
-
-    return hashlib.sha256(number.to_bytes(8, "big")).digest()
+    return hashlib.sha256(number.to_bytes(8, "big", signed=True)).digest()
 
 
 def claim_of(digest: bytes, *, asynchronous: bool = False) -> Claim:

@@ -35,9 +35,10 @@ from typing import Any
 
 from servers.postgres import PostgresServer, database_of
 
+from bench.operations import claim_of, digest_of
 from bench.rows import database_with, loading, measured_server
 from wsgi_idempotency import SQLStore
-from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record
+from wsgi_idempotency.records import Claimed, Completion, Record
 
 ROUNDS = 24  # hours of a day
 CHUNK = 2000  # rows that are in flight at once
@@ -86,29 +87,6 @@ def sizes(server: PostgresServer, url: str) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------------- requests
-
-
-def digest_of(number: int) -> bytes:
-    """As the loader makes it in SQL."""
-    import hashlib
-
-    return hashlib.sha256(number.to_bytes(8, "big", signed=True)).digest()
-
-
-def claim_of(digest: bytes) -> Claim:
-    return Claim(
-        digest=digest,
-        token=os.urandom(16),
-        fingerprint=digest,
-        fingerprint_version=1,
-        scope="header:tenant",
-        key="key",
-        method="POST",
-        path="/payments",
-        lease=60.0,
-        retention=86400.0,
-        lapse=Lapse.RELEASE,
-    )
 
 
 def fresh(store: SQLStore) -> tuple[float, float]:

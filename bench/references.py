@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,7 +35,7 @@ UPDATE idempotency_keys SET state = 'completed', completed_at = now(),
 WHERE key_digest = {digest} AND claim_token = {token}"""
 
 
-class _Reference:
+class _Reference(ABC):
     """Finds the key, claims or replays, runs, completes."""
 
     def __init__(self, app: WSGIApplication, url: str, *, workers_threads: int) -> None:
@@ -83,11 +84,19 @@ class _Reference:
         start_response(status, headers)
         return [body]
 
+    @abstractmethod
     def claim(self, digest: bytes, token: bytes, fingerprint: bytes, key: str) -> Any:
-        raise NotImplementedError
+        """Claim the key; None when it is ours.
 
+        :returns: otherwise the fingerprint, status line, headers as JSON and body that are stored.
+        """
+
+    @abstractmethod
     def complete(self, digest: bytes, token: bytes, status: str, headers: str, body: bytes) -> None:
-        raise NotImplementedError
+        """Store the response of a claim.
+
+        :param headers: as JSON.
+        """
 
 
 class ExecPreparedInsertFirst(_Reference):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psycopg
 from psycopg import sql
 from servers.postgres import ORIGIN_VARIABLE, PostgresServer, database_of
 from sqlalchemy.engine import make_url
@@ -70,8 +71,6 @@ def load(
     :param retention: from a row's claim to its end; expiries are evenly spread, up to one
         retention ahead of now or behind it.
     """
-    import psycopg
-
     conninfo = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(conninfo, autocommit=True) as connection:
         with connection.transaction():
