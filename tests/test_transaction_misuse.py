@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from apps.charges import Charge, OpenShop, charge, charging, opener, session
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, insert, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 from werkzeug.test import Client, TestResponse
 from werkzeug.wrappers import Response
 
@@ -501,3 +502,170 @@ def test_a_session_may_undo_what_it_has_itself_committed_within(open_shop: OpenS
     shop = open_shop(doing(nesting))
     assert shop.post().status_code == 201
     assert shop.amounts() == [2]
+
+
+def plain() -> Session:
+    """One that joins as SQLAlchemy has it by default."""
+    return Session(bind=current_operation.connection)
+
+
+def write() -> None:
+    current_operation.connection.execute(text(INSERT))
+
+
+def read() -> None:
+    current_operation.connection.execute(text("SELECT amount FROM charges"))
+
+
+def write_and_commit(joined: Session) -> None:
+    joined.add(Charge(amount=5))
+    joined.commit()
+
+
+def on_the_connection(reading: Session) -> None:
+    reading.scalars(text("SELECT amount FROM charges")).all()
+    write()
+
+
+def by_a_session_that_joined_before(reading: Session) -> None:
+    earlier = plain()
+    earlier.scalars(text("SELECT amount FROM charges")).all()
+    reading.connection()
+    write_and_commit(earlier)
+
+
+def by_a_session_that_joins_within(reading: Session) -> None:
+    reading.connection()
+    write_and_commit(
+        Session(bind=current_operation.connection, join_transaction_mode="rollback_only")
+    )
+
+
+def within_a_savepoint_of_the_session_s(reading: Session) -> None:
+    reading.connection()
+    reading.begin_nested()
+    with current_operation.connection.begin_nested():
+        write()
+
+
+WRITES = pytest.mark.parametrize(
+    "write_",
+    [
+        on_the_connection,
+        by_a_session_that_joined_before,
+        by_a_session_that_joins_within,
+        within_a_savepoint_of_the_session_s,
+    ],
+    ids=lambda write_: write_.__name__.replace("_", " "),
+)
+
+
+@WRITES
+@pytest.mark.parametrize("end", ["left open", "close"])
+def test_what_others_wrote_while_a_session_was_open_is_not_undone_with_it_unseen(
+    open_shop: OpenShop,
+    caplog: pytest.LogCaptureFixture,
+    write_: Callable[[Session], None],
+    end: str,
+) -> None:
+    """The session has only read, and is closed, by its framework for one. What was written
+    beside it was never its to undo."""
+
+    def beside() -> None:
+        left.append(session())
+        write_(left[-1])
+        if end == "close":
+            left[-1].close()
+
+    shop = open_shop(doing(beside))
+    assert problem(shop.post()) == (500, "TRANSACTION_FAILED")
+    assert "savepoints nest" in caplog.text
+    assert (shop.amounts(), shop.rows()) == ([], [])
+    left.clear()
+
+
+@WRITES
+def test_what_others_wrote_while_a_session_was_open_is_kept_with_its_commit(
+    open_shop: OpenShop, write_: Callable[[Session], None]
+) -> None:
+    def beside() -> None:
+        reading = session()
+        write_(reading)
+        while reading.in_nested_transaction():
+            reading.commit()
+        reading.commit()
+
+    shop = open_shop(doing(beside))
+    assert (shop.post().status_code, shop.amounts()) == (201, [5])
+
+
+def a_savepoint_left_open() -> None:
+    left.append(current_operation.connection.begin_nested())
+    write()
+
+
+def test_what_was_written_in_a_savepoint_that_nobody_ended_is_not_undone_unseen(
+    open_shop: OpenShop,
+) -> None:
+    shop = open_shop(doing(a_savepoint_left_open))
+    assert problem(shop.post()) == (500, "TRANSACTION_FAILED")
+    assert (shop.amounts(), shop.rows()) == ([], [])
+    left.clear()
+
+
+def reads_of_others() -> None:
+    charge(1)
+    session().connection()
+    read()
+
+
+def a_write_that_failed() -> None:
+    """What is there already is found by trying."""
+    charge(5)
+    with session() as joined:
+        with pytest.raises(IntegrityError):
+            joined.connection().execute(text(INSERT))
+        joined.rollback()
+
+
+def a_savepoint_of_the_application_s() -> None:
+    """Which says itself what it undoes."""
+    charge(1)
+    with current_operation.connection.begin_nested() as savepoint:
+        write()
+        with plain() as joined:
+            joined.scalars(text("SELECT amount FROM charges")).all()
+        savepoint.rollback()
+
+
+def all_that_a_session_can_write() -> None:
+    charge(1)
+    joined = session()
+    joined.add(Charge(amount=2))
+    joined.flush()
+    joined.execute(text("INSERT INTO charges (amount) VALUES (3)"))
+    joined.execute(insert(Charge), [{"amount": 4}, {"amount": 6}])
+    joined.bulk_insert_mappings(Charge, [{"amount": 7}])
+    joined.query(Charge).filter_by(amount=7).update({"amount": 8})
+    with joined.begin_nested():
+        joined.add(Charge(amount=9))
+    left.append(joined)
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        reads_of_others,
+        a_write_that_failed,
+        a_savepoint_of_the_application_s,
+        all_that_a_session_can_write,
+    ],
+    ids=lambda do: do.__name__.replace("_", " "),
+)
+def test_what_a_session_is_alone_with_is_its_own_to_undo(
+    open_shop: OpenShop, do: Callable[[], None]
+) -> None:
+    shop = open_shop(doing(do))
+    assert shop.post().status_code == 201
+    assert shop.amounts() == [5 if do is a_write_that_failed else 1]
+    left.clear()

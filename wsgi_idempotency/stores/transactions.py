@@ -12,10 +12,13 @@ from __future__ import annotations
 import logging
 import math
 import re
+import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Connection, Engine, event
@@ -58,6 +61,16 @@ _HIDES = re.compile(
     re.IGNORECASE,
 )
 
+#: What writes nothing, a function that it calls left aside.
+_READS = re.compile(
+    r"\s*(SELECT|VALUES|TABLE|SHOW|EXPLAIN|FETCH|DECLARE|CLOSE|SET|RESET|PRAGMA"
+    r"|SAVEPOINT|RELEASE|ROLLBACK)\b",
+    re.IGNORECASE,
+)
+
+#: Where SQLAlchemy's sessions execute their statements, whatever they are asked to do.
+_SESSIONS = Session.flush.__code__.co_filename
+
 #: undefined_table, insufficient_privilege (PostgreSQL documentation, Appendix A).
 _HIDDEN = ("42P01", "42501")
 
@@ -76,12 +89,16 @@ class ConnectionLost(StoreUnavailable):
 
 @dataclass
 class _Savepoint:
-    """:param owner: the session that began it; None for the application itself.
-    :param foreign: whether another session has committed within it.
+    """:param by_session: whether a session began it, not the application itself.
+    :param owner: that session.
+    :param committed: whether another session has committed within it.
+    :param written: whether something was written within it that no session wrote.
     """
 
+    by_session: bool = True
     owner: Session | None = None
-    foreign: bool = False
+    committed: bool = False
+    written: bool = False
 
 
 class SQLTransaction:
@@ -97,7 +114,7 @@ class SQLTransaction:
         self._to_reset = False
         self._hidden = False
         self._savepoints: list[_Savepoint] = []  # those that are open, from the outermost
-        self._commit_undone = False
+        self._undone = False
         self.claimed: Claimed | None = None
         self.seen: Record | None = None
         connection.info[_JOINED] = self
@@ -189,30 +206,42 @@ class SQLTransaction:
         if self._connection.invalidated:
             raise ConnectionLost(f"the connection to {self._store!r} was lost")
         self._require_rest()
-        if self._commit_undone or any(savepoint.foreign for savepoint in self._savepoints):
+        if self._undone or any(open_.committed or open_.written for open_ in self._savepoints):
             raise TransactionFailed(
-                "a session committed while another one, begun before it, was open and has not"
-                " been committed since: savepoints nest, and so what the one has committed is"
-                " undone with the other. Commit or close that one first, or use one session"
+                "a session was open, and has not been committed since, when something else was"
+                " written on the connection, or another session committed: savepoints nest, and so"
+                " it is undone with that session. Commit or close that one first, or write with it"
+                " (session.execute)"
             )
         while (savepoint := self._connection.get_nested_transaction()) is not None:
             savepoint.rollback()
 
     def savepoint_begun(self) -> None:
-        self._savepoints.append(_Savepoint())
+        self._savepoints.append(_Savepoint(_by_a_session()))
 
     def session_begun(self, session: Session) -> None:
-        if self._savepoints and self._savepoints[-1].owner is None:
-            self._savepoints[-1].owner = session
+        session.info[_JOINED] = weakref.ref(self)
+        if self._savepoints and self._savepoints[-1].by_session:
+            innermost = self._savepoints[-1]
+            innermost.owner = innermost.owner or session
+
+    def session_committed(self, session: Session) -> None:
+        for savepoint in self._savepoints:
+            savepoint.committed |= savepoint.owner is not session
+
+    def executed(self, statement: str) -> None:
+        if self._savepoints and not _READS.match(statement) and not _by_a_session():
+            self._savepoints[-1].written = True
 
     def savepoint_over(self, *, released: bool) -> None:
-        """What is released belongs to the one around it, whoever that is."""
+        """What is released belongs to the one around it. What the application itself undoes, it
+        knows of; a session is closed by a framework, and what others wrote is not on its mind."""
         over = self._savepoints.pop() if self._savepoints else _Savepoint()
         if not released:
-            self._commit_undone |= over.foreign
+            self._undone |= over.committed or (over.by_session and over.written)
         elif self._savepoints:
-            around = self._savepoints[-1]
-            around.foreign |= over.foreign or over.owner is not around.owner
+            self._savepoints[-1].committed |= over.committed
+            self._savepoints[-1].written |= over.written
 
     def _require_rest(self) -> None:
         """:raises TransactionFailed: another statement would be part of what was left open, or
@@ -319,8 +348,10 @@ def watch(engine: Engine, *, begin_immediate: bool) -> None:
     event.listen(engine, "commit", _refuse_commit)
     event.listen(engine, "before_cursor_execute", _refuse_commit_as_text)
     event.listen(engine, "before_cursor_execute", _note_what_hides)
+    event.listen(engine, "after_cursor_execute", _note_execution)
     if not event.contains(Session, "after_begin", _note_session):
         event.listen(Session, "after_begin", _note_session)
+        event.listen(Session, "after_commit", _note_commit)
     event.listen(engine, "savepoint", _note_savepoint)
     event.listen(engine, "release_savepoint", _note_release)
     event.listen(engine, "rollback_savepoint", _note_rollback)
@@ -371,6 +402,26 @@ def _note_savepoint(connection: Connection, name: str) -> None:
 def _note_session(session: Session, transaction: object, connection: Connection) -> None:
     if (joined := _joined(connection)) is not None:
         joined.session_begun(session)
+
+
+def _note_commit(session: Session) -> None:
+    joined = session.info.get(_JOINED, lambda: None)()
+    if joined is not None:
+        joined.session_committed(session)
+
+
+def _note_execution(connection: Connection, cursor: object, statement: str, *_: object) -> None:
+    if (transaction := _joined(connection)) is not None:
+        transaction.executed(statement)
+
+
+def _by_a_session() -> bool:
+    """Whether what is executed now, a session executes: its flush, its query, its savepoint. A
+    statement on the connection that a session has joined looks the same but for its caller."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _SESSIONS:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _note_release(connection: Connection, name: str, context: object) -> None:
