@@ -12,6 +12,7 @@ from typing import Any
 import bottle
 import falcon
 import pytest
+from apps.mapped import STRICT, never, protect
 from click.testing import CliRunner
 from flask import Flask
 from flask.views import MethodView
@@ -22,24 +23,12 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import Map, Rule
 
-from wsgi_idempotency import IdempotencyMiddleware, Policy, Route, everyone
+from wsgi_idempotency import Policy, Route, everyone
 from wsgi_idempotency.cli import main
 from wsgi_idempotency.contrib.flask import Idempotency
 from wsgi_idempotency.lint import Verdict, knows, lint
 
 COMMAND = Path(sys.executable).with_name("wsgi-idempotency")
-
-STRICT = Policy(required=True)
-
-#: A policy for some URLs and none for the rest.
-ROUTES = [
-    Route("/charges", STRICT),
-    Route("/orders/<int:number>", STRICT),
-    Route("/texts/<int:number>", STRICT),
-    Route("/free", None),
-    Route("/files/<path:rest>", Policy()),
-    Route("/hooks/known", STRICT),
-]
 
 #: What is to be said of each rule of a shop, whatever framework it is made with.
 EXPECTED = {
@@ -53,15 +42,6 @@ EXPECTED = {
 }
 
 
-def protect(app: Any, **options: Any) -> IdempotencyMiddleware:
-    options = {"policy": None, "routes": ROUTES, **options}
-    return IdempotencyMiddleware(app, "memory:", scope=everyone, **options)
-
-
-def view(**variables: object) -> str:
-    return ""
-
-
 def flask_shop() -> Flask:
     app = Flask("shop")
     for name, rule in {
@@ -73,8 +53,8 @@ def flask_shop() -> Flask:
         "hooks": "/hooks/<sender>",
         "log-in": "/log-in",
     }.items():
-        app.add_url_rule(rule, name, view, methods=["GET", "POST"])
-    app.add_url_rule("/books", "books", view)
+        app.add_url_rule(rule, name, never, methods=["GET", "POST"])
+    app.add_url_rule("/books", "books", never)
     return app
 
 
@@ -90,8 +70,7 @@ def werkzeug_site() -> Any:
     class Site:
         url_map = Map([*flask_rules()])
 
-        def __call__(self, environ: Any, start_response: Any) -> Any:
-            raise NotImplementedError
+        __call__ = never
 
     return protect(Site())
 
@@ -131,9 +110,9 @@ def bottle_shop() -> Any:
         "hooks": "/hooks/<sender>",
         "log-in": "/log-in",
     }.items():
-        named = type("Named", (), {"__call__": view, "__name__": name})()
+        named = type("Named", (), {"__call__": never, "__name__": name})()
         app.route(rule, ["GET", "POST"], named)
-    app.get("/books", callback=view)
+    app.get("/books", callback=never)
     return protect(app)
 
 
@@ -148,16 +127,8 @@ def falcon_shop() -> Any:
         "hooks": "/hooks/{sender}",
         "log-in": "/log-in",
     }.items():
-
-        def on_post(self: object, request: object, response: object, **more: object) -> None:
-            raise NotImplementedError
-
-        app.add_route(rule, type(name, (), {"on_post": on_post})())
-
-    def on_get(self: object, request: object, response: object) -> None:
-        raise NotImplementedError
-
-    app.add_route("/books", type("books", (), {"on_get": on_get})())
+        app.add_route(rule, type(name, (), {"on_post": never})())
+    app.add_route("/books", type("books", (), {"on_get": never})())
     return protect(app)
 
 
@@ -180,79 +151,11 @@ def test_each_url_is_told_whether_a_policy_covers_it(make: Callable[[], Any]) ->
     assert said["text"].endswith("/a")
 
 
-DJANGO = '''
-from django.conf import settings
-from django.conf.urls.i18n import i18n_patterns
-from django.core.wsgi import get_wsgi_application
-from django.http import HttpResponse
-from django.urls import include, path, re_path
-from django.views import View
-from test_lint_parts import protect
-
-settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], LOGGING_CONFIG=None)
-
-def view(request, **variables):
-    raise NotImplementedError
-
-class Books(View):
-    def get(self, request):
-        raise NotImplementedError
-
-class Log_in(View):
-    def post(self, request):
-        raise NotImplementedError
-
-class ViewSet:
-    """As REST framework marks a view."""
-    def __call__(self, request):
-        raise NotImplementedError
-    actions = {"post": "create", "get": "list"}
-    __name__ = "ViewSet"
-
-orders = [path("<int:number>", view, name="number")]
-
-urlpatterns = [
-    path("charges", view),
-    path("orders/", include(orders)),
-    path("texts/<text>", view),
-    path("free", view),
-    re_path(r"^files/(?P<rest>.+)$", view),
-    re_path(r"^hooks/(?P<sender>\\w+)$", view),
-    path("log-in", Log_in.as_view()),
-    path("books", Books.as_view()),
-    path("set", ViewSet()),
-    re_path(r"^odd/(?=impossible)nothing$", view),
-    *i18n_patterns(path("translated", view)),
-]
-
-application = protect(get_wsgi_application())
-'''
-
-PARTS = """
-from wsgi_idempotency import *
-
-STRICT = Policy(required=True)
-ROUTES = [
-    Route("/charges", STRICT),
-    Route("/orders/<int:number>", STRICT),
-    Route("/texts/<int:number>", STRICT),
-    Route("/free", None),
-    Route("/files/<path:rest>", Policy()),
-    Route("/hooks/known", STRICT),
-]
-
-def protect(app):
-    return IdempotencyMiddleware(app, "memory:", scope=everyone, policy=None, routes=ROUTES)
-"""
-
-
-def test_django_s_url_map_is_walked_from_where_one_stands(tmp_path: Path) -> None:
+def test_django_s_url_map_is_walked_from_where_one_stands() -> None:
     """In a process of its own, since Django is set up once in one."""
-    (tmp_path / "django_site.py").write_text(DJANGO)
-    (tmp_path / "test_lint_parts.py").write_text(PARTS)
     done = subprocess.run(
-        [COMMAND, "lint", "--json", "django_site:application"],
-        cwd=tmp_path,
+        [COMMAND, "lint", "--json", "apps.mapped_django:application"],
+        cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
@@ -332,8 +235,7 @@ def test_the_outer_of_two_middlewares_counts() -> None:
 
 def test_a_wrapper_that_wraps_itself_ends_the_walk() -> None:
     class Loop:
-        def __call__(self, environ: Any, start_response: Any) -> Any:
-            raise NotImplementedError
+        __call__ = never
 
     loop = Loop()
     loop.app = loop  # type: ignore[attr-defined]
@@ -344,11 +246,8 @@ def test_methods_are_those_that_policies_are_for_and_those_asked_for() -> None:
     app = Flask("shop")
 
     class Order(MethodView):
-        def put(self) -> str:
-            raise NotImplementedError
-
-        def delete(self) -> str:
-            raise NotImplementedError
+        put = never
+        delete = never
 
     app.add_url_rule("/orders", view_func=Order.as_view("order"))
     assert lint(protect(app)) == []
@@ -375,16 +274,16 @@ def test_pyramid_s_traversal_and_views_for_any_method_are_looked_at() -> None:
 
 def test_a_converter_s_values_are_found() -> None:
     app = Flask("shop")
-    app.add_url_rule("/<any(north, south):pole>", "pole", view, methods=["POST"])
-    app.add_url_rule("/<string(length=3):code>/x", "code", view, methods=["POST"])
-    app.add_url_rule("/built", "built", view, methods=["POST"], build_only=True)
+    app.add_url_rule("/<any(north, south):pole>", "pole", never, methods=["POST"])
+    app.add_url_rule("/<string(length=3):code>/x", "code", never, methods=["POST"])
+    app.add_url_rule("/built", "built", never, methods=["POST"], build_only=True)
     verdicts = {one.name: one.verdict for one in lint(protect(app, policy=STRICT, routes=()))}
     assert verdicts == {"pole": Verdict.PROTECTED, "code": Verdict.PROTECTED}
 
 
 def flask_oddity() -> Any:
     app = Flask("shop")
-    app.add_url_rule("/<string(length=50):code>", "code", view, methods=["POST"])
+    app.add_url_rule("/<string(length=50):code>", "code", never, methods=["POST"])
     return app
 
 
@@ -396,15 +295,14 @@ def pyramid_oddity() -> Any:
 
 def bottle_oddity() -> Any:
     app = bottle.Bottle()
-    app.post("/<code:re:[A-Z]{9}>", callback=view)
-    app.post("/<number:int>/<code:re:[A-Z]{9}>", callback=view)
+    app.post("/<code:re:[A-Z]{9}>", callback=never)
+    app.post("/<number:int>/<code:re:[A-Z]{9}>", callback=never)
     return app
 
 
 def falcon_oddity() -> Any:
     class Oddity:
-        def on_post(self, request: object, response: object, code: object) -> None:
-            raise NotImplementedError
+        on_post = never
 
     app = falcon.App()
     app.add_route("/{code:dt}", Oddity())
@@ -425,8 +323,8 @@ def test_what_no_candidate_fits_is_left_to_a_person(make: Callable[[], Any]) -> 
 def test_the_rule_of_another_route_is_none_of_a_rule_s_paths() -> None:
     """Bottle tries fixed rules first, and rules of another method not at all."""
     app = bottle.Bottle()
-    app.post("/<name>", callback=view)
-    app.post("/1", callback=view)
+    app.post("/<name>", callback=never)
+    app.post("/1", callback=never)
     verdicts = [(one.rule, one.found) for one in lint(protect(app, routes=[Route("/1", STRICT)]))]
     assert verdicts == [
         ("/<name>", "no policy covers it"),
@@ -439,8 +337,7 @@ def test_a_bound_method_leads_to_what_its_object_wraps() -> None:
         def __init__(self, app: Any) -> None:
             self.app = app
 
-        def handle(self, environ: Any, start_response: Any) -> Any:
-            raise NotImplementedError
+        handle = never
 
     found = lint(protect(Wrapper(flask_shop()).handle, policy=STRICT, routes=()))
     assert {one.verdict for one in found} == {Verdict.PROTECTED}

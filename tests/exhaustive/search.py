@@ -14,7 +14,7 @@ import gc
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from exhaustive import clients as asked
 from exhaustive.clients import Client, Duty, Node, Question
@@ -244,10 +244,13 @@ class Search:
             for answer in self.ends if kind is asked.HANDLER else _CHOICES[kind]:
                 yield from self._answered(now, i, standing, answer)
             return
-        if kind in self._TRANSACTED:
-            yield from self._transacted(now, i, standing)
-            return
+        yield from self._awaited(now, i, standing)
+
+    def _awaited(self, now: Situation, i: int, standing: Standing) -> _Steps:
+        """What becomes of the statement that a client waits for."""
+        kind = standing.node.question[0]
         if kind is asked.CLAIM and not standing.looked:
+            row = now.row
             if row is None:
                 looked = _with(now.clients, i, standing._replace(looked=True))
                 yield (i, "takes a snapshot without a row", kind), now._replace(clients=looked)
@@ -256,7 +259,7 @@ class Search:
                 if isinstance(found, Granted):  # by a statement of its that came late
                     standing = standing._replace(fate=RUNNING, lapsed=row.lapsed)
                 yield from self._answered(now, i, standing, found)
-        elif not self._blocked(now, i, node.question):
+        elif not self._blocked(now, i, standing.node.question):
             yield from self._statement(now, i, standing)
         if now.losses:
             yield from self._losses(now, i, standing)
@@ -363,11 +366,6 @@ class Search:
         yield step, now._replace(clients=_with(now.clients, i, after))
 
     # ------------------------------------------------------------ transaction mode
-
-    _TRANSACTED: ClassVar[frozenset[str]] = frozenset()  # see transactions.py
-
-    def _transacted(self, now: Situation, i: int, standing: Standing) -> _Steps:
-        raise NotImplementedError
 
     def _blocked(self, now: Situation, i: int, question: Question) -> bool:
         """Whether a statement waits for the end of a transaction that has changed the row:

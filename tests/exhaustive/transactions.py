@@ -9,7 +9,7 @@ on its way. Who has had no answer to a COMMIT asks whether the lock is free, the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from exhaustive import clients as asked
 from exhaustive.database import COMPLETED, Granted, Row, fresh
@@ -44,10 +44,6 @@ class TransactionSearch(Search):
     writes_within: bool = True
     waits_for_the_lock: bool = True
 
-    _TRANSACTED: ClassVar[frozenset[str]] = frozenset(
-        {asked.BEGIN, asked.TAKE_OVER_WITHIN, asked.WRITE, asked.COMMIT, asked.ROLLBACK}
-    )
-
     def _steps(self, now: Situation) -> _Steps:
         if {*now.written} != {*now.recorded}:
             self._trying = None, "now", None
@@ -62,7 +58,7 @@ class TransactionSearch(Search):
                 yield step, self._rolled_back(now._replace(open=others), mine, excused=True)
         yield from super()._steps(now)
 
-    def _transacted(self, now: Situation, i: int, standing: Standing) -> _Steps:
+    def _awaited(self, now: Situation, i: int, standing: Standing) -> _Steps:
         kind = standing.node.question[0]
         if kind is asked.BEGIN:
             yield from self._begin(now, i, standing)
@@ -72,11 +68,13 @@ class TransactionSearch(Search):
             yield from self._write(now, i, standing)
         elif kind is asked.COMMIT:
             yield from self._commit(now, i, standing)
-        else:
+        elif kind is asked.ROLLBACK:
             mine = _of(now, i)
             if mine is not None:
                 now = self._rolled_back(_without(now, mine), mine)
             yield from self._answered(now, i, now.clients[i], None)
+        else:
+            yield from super()._awaited(now, i, standing)
 
     # ------------------------------------------------------------ the beginning
 
