@@ -8,20 +8,23 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psycopg
 import pytest
 from click.testing import CliRunner
+from psycopg import sql
 from servers import ended
+from servers.postgres import Postgres, PostgresServer, database_of
 from sqlalchemy import Connection, text
 from table import add_rows, count_rows
 
 from wsgi_idempotency import SQLStore, checkup
 from wsgi_idempotency.cli import main
-from wsgi_idempotency.cli_options import stopped_by_signals
+from wsgi_idempotency.cli_options import stopped_by_signals, work_until_told
 from wsgi_idempotency.errors import StoreUnavailable
 from wsgi_idempotency.purging import purge, purge_forever
 from wsgi_idempotency.schema import connect, upgrade
@@ -140,6 +143,9 @@ def test_the_command_keeps_what_is_younger(database: str) -> None:
     [
         ("--older-than", "soon", "use one like 30 s"),
         ("--interval", "-1", "use one like 30 s"),
+        ("--interval", "0", "0 is not from 1 s to 30 days"),
+        ("--interval", "1e400", "use one like 30 s"),
+        ("--interval", "31 days", "31 days is not from 1 s to 30 days"),
         ("--on-event", "print", "use module:name"),
     ],
 )
@@ -150,24 +156,152 @@ def test_the_command_refuses_what_it_can_not_use(option: str, value: str, said: 
     assert said in " ".join(done.output.split())
 
 
-def test_a_signal_ends_a_purge_for_ever_between_two_batches(database: str) -> None:
+@contextmanager
+def purging_forever(database: str, *options: str) -> Iterator[subprocess.Popen[str]]:
+    command = [COMMAND, "purge", "--forever", "--database", database, "--on-event", "logging"]
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with ended(process):
+        yield process
+
+
+@contextmanager
+def away(server: PostgresServer) -> Iterator[None]:
+    server.stop("immediate")
+    try:
+        yield
+    finally:
+        server.start()
+
+
+def heard(process: subprocess.Popen[str], says: str) -> None:
+    """Wait for a line of its log."""
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert says in line, line + process.stderr.read()
+
+
+def stop_it(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    process.send_signal(signal.SIGTERM)
+    said, complained = process.communicate()
+    return process.returncode, said, complained
+
+
+def test_a_signal_ends_a_purge_for_ever_in_the_middle_of_its_pause(database: str) -> None:
     """With success, as a service that was told to stop; and it tells its observers meanwhile."""
     upgrade(database)
     add_rows(database, 5)
-    process = subprocess.Popen(
-        [COMMAND, "purge", "--database", database, "--forever", "--on-event", "logging",
-         "--batch", "2", "--sleep", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    with ended(process):
-        assert process.stderr is not None
+    with purging_forever(database, "--batch", "2", "--sleep", "0") as process:
         for count in (2, 2, 1):
-            assert f"INFO purged count={count} " in process.stderr.readline()
-        process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate()
-    assert (process.returncode, said) == (0, "5 expired rows deleted\n")
+            heard(process, f"INFO purged count={count} ")
+        assert stop_it(process) == (0, "5 expired rows deleted\n", "")
+
+
+def test_a_purge_for_ever_outlives_an_outage(
+    postgres_server: PostgresServer, pg_database: str
+) -> None:
+    """It says so once a round, goes on where it was, and counts no row twice."""
+    add_rows(pg_database, 3)
+    with purging_forever(pg_database, "--interval", "1 s", "--json") as process:
+        heard(process, "purged count=3")
+        with away(postgres_server):
+            heard(process, "trying a new one")
+            for _ in range(2):
+                heard(process, "a purge broke off, and is tried again")
+        add_rows(pg_database, 4)
+        while "purged count=4" not in process.stderr.readline():  # type: ignore[union-attr]
+            assert process.poll() is None
+        status, said, _ = stop_it(process)
+    assert (status, json.loads(said)) == (0, {"deleted": 7, "interrupted": True})
+
+
+def test_a_signal_ends_a_purge_for_ever_whose_database_is_away(
+    postgres_server: PostgresServer, pg_database: str
+) -> None:
+    with purging_forever(pg_database, "--interval", "30 days") as process:
+        # It has asked for the schema before.
+        while not is_idle(postgres_server, "DELETE"):
+            assert process.poll() is None
+        with away(postgres_server):
+            assert stop_it(process) == (0, "0 expired rows deleted\n", "")
+
+
+def test_a_purge_for_ever_does_not_begin_without_its_database(
+    postgres_server: PostgresServer, pg_database: str
+) -> None:
+    """What is wrong with the URL is said when it is started, and doesn't hide in a log."""
+    with away(postgres_server), purging_forever(pg_database) as process:
+        said, complained = process.communicate()
+    assert (process.returncode, said) == (1, "")
+    (line,) = complained.splitlines()
+    assert "can't be reached" in line
+    assert "run: wsgi-idempotency check" in line
+
+
+def is_idle(server: PostgresServer, statement: str) -> bool:
+    """Whether a connection has such a statement behind it."""
+    return bool(
+        server.execute(
+            sql.SQL(
+                "SELECT 1 FROM pg_stat_activity WHERE state = 'idle'"
+                " AND ltrim(query, E'\\n') LIKE {}"
+            ).format(statement + "%")
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("signals", "status", "complaint"),
+    [
+        ([signal.SIGTERM], 0, "The batch at hand is left to the database, and is not counted.\n"),
+        ([signal.SIGINT, signal.SIGINT], 130, "Interrupted.\n"),
+    ],
+    ids=["after five seconds", "at the second signal"],
+)
+def test_a_signal_ends_a_purge_that_its_database_keeps_waiting(
+    postgres: Postgres,
+    pg_database: str,
+    signals: list[signal.Signals],
+    status: int,
+    complaint: str,
+) -> None:
+    """A statement may take a minute, for all that libpq hears of signals."""
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = {}"
+    mine = sql.SQL(waiting).format(database_of(pg_database))
+    with (
+        postgres.connect(database_of(pg_database)) as locker,
+        locker.transaction(),
+    ):
+        locker.execute("LOCK TABLE idempotency_keys")
+        with purging_forever(pg_database) as process:
+            while not postgres.execute(mine):
+                assert process.poll() is None
+            started = time.monotonic()
+            for number in signals:
+                process.send_signal(number)
+                # Two that come at once are one.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+            said, complained = process.communicate()
+            took = time.monotonic() - started
+    assert (process.returncode, said) == (status, "0 expired rows deleted\n")
+    assert complained == complaint
+    assert took < 30, "a statement's time-out is 60"
+
+
+def test_two_hosts_that_purge_count_each_row_once(database: str) -> None:
+    upgrade(database)
+    add_rows(database, 300)
+    how = ("--batch", "3", "--sleep", "0", "--json", "--interval", "1 s")
+    with purging_forever(database, *how) as one, purging_forever(database, *how) as other:
+        for process in (one, other):
+            heard(process, "purged count=3")
+        while count_rows(database):
+            assert (one.poll(), other.poll()) == (None, None)
+        counts = [json.loads(stop_it(process)[1])["deleted"] for process in (one, other)]
+    assert sum(counts) == 300
+    assert min(counts) > 0, "they have purged side by side"
 
 
 def test_a_signal_that_comes_while_a_purge_goes_to_sleep_ends_it() -> None:
@@ -178,6 +312,55 @@ def test_a_signal_that_comes_while_a_purge_goes_to_sleep_ends_it() -> None:
             signal.raise_signal(signal.SIGTERM)
             assert not stop.is_set()
         assert stop.wait(10)
+
+
+def test_a_signal_that_does_not_wake_the_sleeper_ends_its_sleep() -> None:
+    """It comes between the last look for one and the system call, or another thread gets it."""
+    told = threading.Event()
+    with stopped_by_signals(told.set) as stop:
+
+        def to_this_thread() -> None:
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+        threading.Timer(0.2, to_this_thread).start()
+        started = time.monotonic()
+        assert stop.wait(60)
+        assert time.monotonic() - started < 30
+        assert told.wait(10)
+
+
+def test_other_signals_stop_nothing() -> None:
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with stopped_by_signals() as stop:
+            signal.raise_signal(signal.SIGUSR1)
+            assert not stop.is_set()
+            signal.raise_signal(signal.SIGINT)
+            assert stop.wait(10)
+        assert signal.set_wakeup_fd(-1) == -1, "Python's own hears of signals as before"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_what_the_work_raises_is_raised() -> None:
+    def work(stop: threading.Event) -> None:
+        raise LookupError("nothing there")
+
+    with pytest.raises(LookupError, match="nothing there"):
+        work_until_told(work)
+
+
+def test_work_that_does_not_end_is_left_behind() -> None:
+    go_on = threading.Event()
+
+    def work(stop: threading.Event) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        go_on.wait(60)
+
+    try:
+        assert work_until_told(work, grace=0.1) == (True, False)
+    finally:
+        go_on.set()
 
 
 # ---------------------------------------------------------------------- the bar

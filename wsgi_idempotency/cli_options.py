@@ -4,9 +4,11 @@ can't be used."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -52,6 +54,14 @@ def duration(ctx: click.Context, param: click.Parameter, value: str) -> float:
         return settings.duration("it", value)
     except ConfigurationError as exc:
         raise click.BadParameter(str(exc), ctx, param) from exc
+
+
+def pause(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    """Seconds between two rounds of a service, which is not to ask a database without a rest."""
+    found = duration(ctx, param, value)
+    if not 1 <= found <= 30 * 86400:
+        raise click.BadParameter(f"{value} is not from 1 s to 30 days", ctx, param)
+    return found
 
 
 def observers_of(ctx: click.Context, param: click.Parameter, value: str | None) -> list[Any]:
@@ -103,6 +113,13 @@ def store_of(database: URL, timeout: float = 60.0) -> Iterator[SQLStore]:
         yield store
 
 
+def log_to_stderr() -> None:
+    """What a service has to say while it runs."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    # SQLAlchemy names a pool's logger after our class, and has two lines for each attempt.
+    logging.getLogger("wsgi_idempotency.stores.pools").setLevel(logging.WARNING)
+
+
 @contextlib.contextmanager
 def unavailable() -> Iterator[None]:
     """Add what to do to what a database says that can't be used."""
@@ -120,26 +137,71 @@ def unavailable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopped_by_signals() -> Iterator[threading.Event]:
-    """Set an event at the first SIGTERM or SIGINT; the next does what it did before."""
+def stopped_by_signals(told: Callable[[], object] = lambda: None) -> Iterator[threading.Event]:
+    """Set an event at the first SIGTERM or SIGINT, at once; the next does what it did before.
+
+    :param told: called after that, in a thread.
+    """
     stop = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard, hears = socket.socketpair()
+    heard.setblocking(False)
 
-    def restore() -> None:
+    def restore(*_: object) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def told_to_stop(number: int, frame: object) -> None:
-        restore()
-        # In a thread: who is interrupted may have the event's lock, just before it sleeps or
-        # just after, and would then wait for itself.
-        setter = threading.Thread(target=stop.set, daemon=True)
-        setter.start()
-        setter.join(0.1)
+    def listen() -> None:
+        while numbers := hears.recv(64):
+            if before.keys() & set(numbers):
+                stop.set()
+                told()
 
+    # A handler in Python runs once the main thread runs Python: not before the rest it is just
+    # about to take is over. Python's own, in C, writes to this socket whenever a signal comes.
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    previous = signal.set_wakeup_fd(heard.fileno())
     for number in before:
-        signal.signal(number, told_to_stop)
+        signal.signal(number, restore)
     try:
         yield stop
     finally:
         restore()
+        signal.set_wakeup_fd(previous)
+        heard.close()
+        listener.join()
+        hears.close()
+
+
+def work_until_told(
+    work: Callable[[threading.Event], None], *, grace: float = 5.0
+) -> tuple[bool, bool]:
+    """Work in a thread, which a SIGTERM or SIGINT ends, or leaves behind where it can't: libpq
+    and SQLite can wait for a minute, and hear of no signal.
+
+    :param work: called with an event, at which it is to end.
+    :param grace: seconds it has for that; the least that anything gives a service to stop is
+        Docker's 10.
+    :returns: whether there was a signal, and whether the work has ended.
+    """
+    over = threading.Event()
+    raised: list[BaseException] = []
+
+    with stopped_by_signals(over.set) as stop:
+
+        def run() -> None:
+            try:
+                work(stop)
+            except BaseException as exc:
+                raised.append(exc)
+            finally:
+                over.set()
+
+        worker = threading.Thread(target=run, daemon=True)
+        worker.start()
+        over.wait()
+        worker.join(grace)
+    if raised:
+        raise raised[0]
+    return stop.is_set(), not worker.is_alive()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,12 @@ from wsgi_idempotency.cli_options import (
     database_option,
     duration,
     json_option,
+    log_to_stderr,
     observers_option,
+    pause,
     seconds,
-    stopped_by_signals,
     store_of,
+    work_until_told,
 )
 from wsgi_idempotency.purging import purge as purged
 from wsgi_idempotency.purging import purge_forever
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
     "--interval",
     default="10 min",
     show_default=True,
-    callback=duration,
+    callback=pause,
     metavar="DURATION",
     help="With --forever: the pause between two purges, on average.",
 )
@@ -82,8 +84,8 @@ def purge(
     """Delete expired rows, the oldest first.
 
     Rows in flight, held, or within their retention stay. Requests are not blocked, and
-    several purges may run at once. SIGTERM and SIGINT end it after the batch at hand; a second
-    one ends it at once.
+    several purges may run at once. SIGTERM and SIGINT end it after the batch at hand, which
+    gets five seconds; a second one ends it at once.
     """
     how: dict[str, Any] = {
         "batch": batch,
@@ -93,24 +95,32 @@ def purge(
         "on_event": on_event,
     }
     if on_event or forever:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+        log_to_stderr()
     deleted = 0
-    with store_of(database) as store, stopped_by_signals() as stop:
+    interrupted = False
+
+    def work(stop: threading.Event) -> None:
+        nonlocal deleted
+        if forever:
+            for count in purge_forever(store, interval=interval, stop=stop, **how):
+                deleted += count
+            return
+        with progress_bar(store, batch, max_batches, older_than) as advance:
+            for count in purged(store, stop=stop, **how):
+                deleted += count
+                advance(count)
+
+    with store_of(database) as store:
         try:
-            if forever:
-                for count in purge_forever(store, interval=interval, stop=stop, **how):
-                    deleted += count
-            else:
-                with progress_bar(store, batch, max_batches, older_than) as advance:
-                    for count in purged(store, stop=stop, **how):
-                        deleted += count
-                        advance(count)
+            interrupted, ended = work_until_told(work)
         finally:
             if as_json:
-                click.echo(json.dumps({"deleted": deleted, "interrupted": stop.is_set()}))
+                click.echo(json.dumps({"deleted": deleted, "interrupted": interrupted}))
             else:
                 click.echo(f"{deleted} expired rows deleted")
-    if stop.is_set() and not forever:
+    if not ended:
+        click.echo("The batch at hand is left to the database, and is not counted.", err=True)
+    if interrupted and not forever:
         click.echo("Interrupted.", err=True)
         sys.exit(EXIT_INTERRUPTED)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pwd
 import re
@@ -18,6 +17,7 @@ from wsgi_idempotency.checkup import span
 from wsgi_idempotency.cli_options import (
     EXIT_INTERRUPTED,
     database_option,
+    log_to_stderr,
     seconds,
     stopped_by_signals,
     store_of,
@@ -460,7 +460,7 @@ def reconcile(
     It looks at what is held or has lapsed, on as many hosts at once as you like. SIGTERM and
     SIGINT end it after the operation at hand; a second one ends it at once.
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    log_to_stderr()
     with store_of(database) as store:
         reconciler = Reconciler(
             store, verdict, patience=patience, max_response_bytes=max_body_bytes, actor=actor
