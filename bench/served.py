@@ -2,7 +2,8 @@
 
 ``BENCH_WRAP`` says what is around the application, ``BENCH_STORE`` where its records are,
 ``BENCH_POLICY`` a Policy's options as JSON. With ``BENCH_SHOP`` the application writes a row
-there for each payment and commits, joining the transaction where there is one.
+there for each payment and commits, joining the transaction where there is one: with a savepoint
+of the session's own, or without, as ``BENCH_JOIN`` says.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from wsgi_idempotency import (
 THREADS = int(os.environ.get("BENCH_THREADS", "1"))
 POLICY: dict[str, Any] = json.loads(os.environ.get("BENCH_POLICY", "{}"))
 SHOP = os.environ.get("BENCH_SHOP")
+JOIN: Any = os.environ.get("BENCH_JOIN")
 
 shop = flask.Flask(__name__)
 engine = None if SHOP is None else sqlalchemy.create_engine(SHOP, pool_size=THREADS)
@@ -49,7 +51,7 @@ def show(number: int) -> flask.Response:
 
 def session() -> Session:
     if POLICY.get("transaction"):
-        return Session(bind=current_operation.connection, join_transaction_mode="create_savepoint")
+        return Session(bind=current_operation.connection, join_transaction_mode=JOIN)
     return Session(engine)
 
 

@@ -115,7 +115,8 @@ class _Bench:
         return self._cases(f"SQLite, {worker_class}", worker_class, threads, variants, {})
 
     def writing(self, database: str, floor: float | None) -> list[Figure]:
-        """An application that itself writes one row and commits."""
+        """An application that itself writes one row and commits. In a transaction that it joins,
+        a session of SQLAlchemy's begins a savepoint or does not, as it is told to."""
         url = database_with(self._server, ROWS) if database == "PostgreSQL" else self._sqlite()
         engine = create_engine(url)
         with engine.begin() as connection:
@@ -123,11 +124,13 @@ class _Bench:
         engine.dispose()
         shop = {"BENCH_SHOP": url}
         wrapped = {**shop, "BENCH_WRAP": "wrapped", "BENCH_STORE": url}
+        joined = {**wrapped, "BENCH_POLICY": json.dumps({"transaction": True})}
         variants = {
             "bare": {**shop, "BENCH_WRAP": "bare"},
             "wrapped, with a lease": wrapped,
-            "wrapped, in its transaction": {
-                **wrapped, "BENCH_POLICY": json.dumps({"transaction": True}),
+            "wrapped, in its transaction": {**joined, "BENCH_JOIN": "conditional_savepoint"},
+            "wrapped, in a savepoint of its transaction": {
+                **joined, "BENCH_JOIN": "create_savepoint",
             },
         }  # fmt: skip
         floors = {"fresh": {"wrapped, in its transaction": floor}} if floor else {}

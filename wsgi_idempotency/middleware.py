@@ -685,10 +685,12 @@ class _Request:
         self, status: str, headers: Headers, body: bytes, reason: str | None
     ) -> Completion:
         """What is kept of an answer; its body only if no reason speaks against it."""
-        kept = replayable((pair for pair in headers if sendable(pair)), self.policy.replay_headers)
+        if reason is None:  # then all of it was found to be sendable
+            return Completion(status, replayable(headers, self.policy.replay_headers), body)
+        kept = replayable(filter(sendable, headers), self.policy.replay_headers)
         if unsendable(status, ()):
             status = status[:3]
-        return Completion(status, kept, None if reason else body, reason)
+        return Completion(status, kept, None, reason)
 
     def _shown(self) -> str:
         """What was asked for, as it may stand in a log."""
