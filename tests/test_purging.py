@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +13,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -394,21 +398,89 @@ def about(url: str, older_than: float = 0.0) -> int:
 # ---------------------------------------------------------------------- pg_cron
 
 
+def documented() -> str:
+    """The statement that schedules the job."""
+    page = (DOCS / "purge.md").read_text(encoding="utf-8")
+    (statement,) = re.findall(r"SELECT cron\.schedule\(.*?\$\$\);", page, re.DOTALL)
+    return statement
+
+
 def cron_job() -> str:
     """What the documentation has pg_cron run."""
-    page = (DOCS / "purge.md").read_text(encoding="utf-8")
-    (job,) = re.findall(r"cron\.schedule\(.*?\$\$(.*?)\$\$", page, re.DOTALL)
-    return job
+    return documented().split("$$")[1]
 
 
-def test_the_job_of_pg_cron_deletes_what_the_command_does(pg_database: str) -> None:
-    with closing(SQLStore(pg_database)) as store:
-        spoil(store)
+#: Runs a job once, when it is scheduled.
+CRON = """
+CREATE SCHEMA cron;
+CREATE FUNCTION cron.schedule(job_name text, schedule text, command text) RETURNS bigint
+LANGUAGE plpgsql AS $$ BEGIN EXECUTE command; RETURN 1; END $$"""
+
+
+def every_kind() -> Iterator[tuple[dict[str, Any], bool]]:
+    """What may be in a row that has expired or not, and whether a purge deletes it."""
+    now = datetime.now(timezone.utc)
+    for state, lapse, effects, lease, expired in itertools.product(
+        ("completed", "not replayable", "released", "held", "claimed"),
+        ("release", "hold"),
+        (None, now - timedelta(minutes=1)),
+        (-60.0, 60.0),
+        (-60.0, 60.0),
+    ):
+        columns: dict[str, Any] = {
+            "state": state,
+            "lapse": lapse,
+            "effects_at": effects,
+            "lease_until": now + timedelta(seconds=lease),
+            "expired": expired,
+            "key_digest": os.urandom(32),
+            "created_at": now - timedelta(hours=1),
+        }
+        if state == "not replayable":
+            columns |= {"state": "completed", "not_replayable": "too large", "response_body": None}
+        in_flight = state == "claimed" and lease > 0
+        unknown = state == "claimed" and lapse == "hold" and effects is None
+        stays = expired < 0 or state == "held" or in_flight or unknown
+        yield columns, not stays
+
+
+def test_the_job_of_pg_cron_deletes_what_the_command_does(
+    postgres: Postgres, pg_database: str
+) -> None:
+    """The documentation's SQL as it is, on a row of every kind, each with a step."""
     conninfo = pg_database.replace("postgresql+psycopg", "postgresql")
+    rows = list(every_kind())
+    left = []
+
+    def fill(connection: psycopg.Connection[Any]) -> None:
+        connection.execute("TRUNCATE idempotency_keys CASCADE")
+        for columns, _ in rows:
+            add_rows(pg_database, 1, **columns)
+        connection.execute(
+            "INSERT INTO idempotency_steps SELECT now(), created_at, 1, key_digest, 'charge', '1'"
+            " FROM idempotency_keys"
+        )
+
+    def remaining(connection: psycopg.Connection[Any]) -> set[bytes]:
+        keys = connection.execute("SELECT key_digest FROM idempotency_keys").fetchall()
+        steps = connection.execute("SELECT key_digest FROM idempotency_steps").fetchall()
+        assert sorted(keys) == sorted(steps)
+        return {digest for (digest,) in keys}
+
     with psycopg.connect(conninfo, autocommit=True) as connection:
-        assert connection.execute(cron_job()).rowcount == 1  # type: ignore[call-overload]
-        assert connection.execute(cron_job()).rowcount == 0  # type: ignore[call-overload]
-    assert count_rows(pg_database) == 3
+        connection.execute(CRON)
+        for how in ("pg_cron", "the command", "the job again"):
+            if how != "the job again":
+                fill(connection)
+            if how == "the command":
+                with closing(SQLStore(pg_database)) as store:
+                    assert sum(purge(store)) == sum(goes for _, goes in rows)
+            else:
+                connection.execute(documented())  # type: ignore[call-overload]
+            left.append(remaining(connection))
+    stays = {columns["key_digest"] for columns, goes in rows if not goes}
+    assert 0 < len(stays) < len(rows)
+    assert left == [stays, stays, stays]
 
 
 def test_the_job_of_pg_cron_is_the_package_s_own_statement() -> None:
