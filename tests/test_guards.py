@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -191,6 +192,12 @@ def overtake(shop: Shop) -> None:
     seen = shop.store.lookup(digest)
     assert seen is not None
     assert shop.store.take_over(make_claim(digest=digest), seen) == Claimed(2)
+
+
+def hold(shop: Shop) -> None:
+    """Take the claim away."""
+    row = shop.row()
+    assert shop.store.hold(bytes(row["key_digest"]), bytes(row["claim_token"]))
 
 
 def rebuild(operation: Operation) -> Response:
@@ -679,10 +686,7 @@ def test_every_commit_of_a_request_is_fenced(open_shop: OpenShop) -> None:
 
     def handler(operation: Operation, session: Session) -> None:
         buy(operation, session)
-        digest = bytes(shop.row()["key_digest"])
-        record = shop.store.lookup(digest)
-        assert record is not None
-        shop.store.hold(digest, record.token)
+        hold(shop)
         session.add(Order(what="another"))
         with pytest.raises(ClaimLost):
             session.commit()
@@ -843,6 +847,68 @@ def test_a_connection_in_autocommit_is_refused(open_shop: OpenShop) -> None:
             buy(operation, session)
 
     shop.post(handler)
+
+
+SINCE_3_12 = pytest.mark.skipif(
+    sys.version_info < (3, 12), reason="sqlite3 has autocommit since Python 3.12"
+)
+
+
+@SINCE_3_12
+def test_sqlite3_s_own_autocommit_is_refused_too(sqlite_url: str) -> None:
+    """Its commit() does nothing, and so there would be no moment to mark anything in."""
+    shop = Shop(sqlite_url)
+    engine = create_engine(shop.url, connect_args={"autocommit": True}, poolclass=NullPool)
+
+    def handler(operation: Operation, _: Session) -> None:
+        with Session(engine) as session, pytest.raises(GuardRefused, match="in autocommit"):
+            buy(operation, session)
+
+    shop.post(handler)
+    shop.close()
+
+
+@SINCE_3_12
+def test_a_connection_whose_transaction_is_always_open_is_fenced_and_marked(
+    sqlite_url: str,
+) -> None:
+    """autocommit=False of sqlite3."""
+    shop = Shop(sqlite_url)
+    engine = create_engine(shop.url, connect_args={"autocommit": False}, poolclass=NullPool)
+
+    def handler(operation: Operation, _: Session) -> None:
+        with Session(engine) as session:
+            buy(operation, session)
+            hold(shop)
+            session.add(Order(what="another"))
+            with pytest.raises(ClaimLost):
+                session.commit()
+
+    shop.post(handler)
+    assert shop.orders() == ["a book"]
+    assert shop.row()["effects_at"] is not None
+    shop.close()
+
+
+@pytest.mark.parametrize("default", [True, False], ids=["and a default one", "and no default one"])
+def test_a_session_can_be_guarded_in_a_transaction_of_any_of_its_binds(
+    open_shop: OpenShop, default: bool
+) -> None:
+    shop = open_shop()
+    other = create_engine(shop.url)
+
+    def handler(operation: Operation, _: Session) -> None:
+        with Session(shop.engine if default else None, binds={Order: other}) as session:
+            session.add(Order(what="a book"))
+            session.flush()
+            with session.begin_nested():
+                operation.guard(session)
+            session.commit()
+
+    shop.post(handler)
+    assert shop.orders() == ["a book"]
+    assert shop.row()["effects_at"] is not None
+    other.dispose()
 
 
 def test_a_transaction_whose_connection_is_lost_is_not_given_back_to_the_pool(

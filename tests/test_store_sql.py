@@ -93,6 +93,36 @@ def test_a_given_engine_s_connections_stay_the_application_s(pg_database: str) -
     engine.dispose()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sqlite3 has autocommit since Python 3.12")
+@pytest.mark.parametrize("autocommit", [True, False])
+def test_a_given_engine_may_use_sqlite3_s_autocommit(sqlite_url: str, autocommit: bool) -> None:
+    """Whatever commit() then does on its own connections, ours commit what we tell them to."""
+    engine = sqlalchemy.create_engine(sqlite_url, connect_args={"autocommit": autocommit})
+    store, other = SQLStore(engine), SQLStore(sqlite_url)
+    claim = new_claim()
+    assert store.claim(claim) == Claimed(attempt=1)
+    assert isinstance(other.claim(dataclasses.replace(claim, token=bytes(16))), Record)
+
+    for keeps in (False, True):
+        claim = new_claim()
+        transaction = store.begin(claim)
+        assert transaction is not None
+        transaction.connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS kept (id int)")
+        if keeps:
+            transaction.complete(Completion("200 OK", (), b"", None))
+        else:
+            transaction.rollback()
+        assert (other.lookup(claim.digest) is not None) is keeps
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT * FROM kept").all() == []
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        assert driver.autocommit is autocommit
+    store.close()
+    other.close()
+    engine.dispose()
+
+
 def test_an_engine_of_another_driver_is_refused() -> None:
     engine = sqlalchemy.create_engine("postgresql+psycopg_async://host/name")
     with pytest.raises(ConfigurationError, match="psycopg_async; use one for"):

@@ -87,8 +87,8 @@ class Guard:
             self._session = target
             event.listen(target, "after_begin", self._began)
             event.listen(target, "after_commit", self._committed)
-            if target.in_transaction():
-                self._watch(target.connection())
+            for connection in _connections_of(target):
+                self._watch(connection)
         else:
             raise GuardRefused(
                 f"{target!r:.200} can't be guarded; use a Session or a Connection of SQLAlchemy's"
@@ -153,7 +153,7 @@ class Guard:
         postgresql = connection.dialect.name == "postgresql"
         driver: Any = connection.connection.driver_connection
         if not postgresql and not driver.in_transaction:
-            if driver.isolation_level is None:
+            if driver.isolation_level is None or getattr(driver, "autocommit", None) is True:
                 raise GuardRefused(_AUTOCOMMIT)
             return  # sqlite3 begins when something is written
         if postgresql and driver.autocommit:
@@ -188,6 +188,14 @@ class Guard:
             "what the session wrote was rolled back: its operation's claim is lost. Somebody else"
             " has it, or it is held"
         )
+
+
+def _connections_of(session: Session) -> set[Connection]:
+    """Those on which a session's transaction is open. SQLAlchemy's connection() would name one of
+    them, for the mapper or bind that it is asked for."""
+    transaction = session.get_transaction()
+    used = {} if transaction is None else transaction._connections
+    return {connection for connection, *_ in used.values()}
 
 
 _AUTOCOMMIT = (

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
@@ -1149,8 +1149,8 @@ def _with_own_pool(engine: Engine) -> Engine:
     renewing their own claims, and a broken one of ours would cost it its whole pool.
     """
     own = Engine(engine.pool.recreate(), engine.dialect, engine.url)
-    if engine.dialect.name == "postgresql":
-        event.listen(own, "connect", _name_by_content)
+    postgresql = engine.dialect.name == "postgresql"
+    event.listen(own, "connect", _name_by_content if postgresql else _commit_when_told)
     return own
 
 
@@ -1158,6 +1158,14 @@ def _name_by_content(connection: Any, record: object) -> None:
     from wsgi_idempotency.stores.psycopg3 import name_by_content
 
     name_by_content(connection)
+
+
+def _commit_when_told(connection: Any, record: object) -> None:
+    """With sqlite3's ``autocommit=True`` commit() and rollback() do nothing, and with False BEGIN
+    fails and a single statement is not committed."""
+    with suppress(AttributeError):  # before Python 3.12
+        connection.autocommit = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL
+    connection.commit()  # and so end what False has begun
 
 
 def _cascade(connection: Any, record: object) -> None:
