@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-from bench import growth, in_process, store, whole
+from bench import client, growth, in_process, store, whole
 from bench.chart import chart
 from bench.measure import Figure
 from bench.rows import measured_server
 
 SECTIONS = {
     "a": "in process: CPU and function calls, with a store that answers at once",
-    "b": "the store against pgbench with the same statements",
+    "b": "the store against pgbench with the same statements, and a request's CPU against references",
     "c": "gunicorn: bare, wrapped, and two minimal references",
     "d": "growth: rows, bodies, scopes",
     "e": "contention: 50 claims of one key",
@@ -69,6 +69,7 @@ def _measure(chosen: set[str], options: argparse.Namespace) -> list[Figure]:
     with measured_server() as server:
         if "b" in chosen:
             figures += store.measure(server, rounds=rounds, seconds=seconds)
+            figures += client.measure(server, rounds=rounds)
         if "c" in chosen:
             figures += whole.measure(server, rounds=rounds, seconds=seconds)
         if "e" in chosen:
