@@ -14,8 +14,8 @@ import click
 from werkzeug.http import parse_options_header
 
 from wsgi_idempotency.checkup import oldest_expired, span
-from wsgi_idempotency.cli_options import database_option, duration, json_option, store_of
-from wsgi_idempotency.resolve_commands import (
+from wsgi_idempotency.cli_operations import (
+    aligned,
     as_dict,
     described,
     digest_in,
@@ -29,6 +29,7 @@ from wsgi_idempotency.resolve_commands import (
     the_one,
     told,
 )
+from wsgi_idempotency.cli_options import database_option, duration, json_option, store_of
 from wsgi_idempotency.scope import printable
 from wsgi_idempotency.stores.inspecting import Inspector, Route
 from wsgi_idempotency.stores.resolving import (
@@ -147,19 +148,6 @@ def route_as_dict(route: Route) -> dict[str, Any]:
         "reruns": route.reruns,
         "oldest_seconds": route.oldest,
     }
-
-
-def aligned(rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
-    """Columns: the first to the left, and numbers to the right."""
-    lines = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if numbers and column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def in_bytes(size: int) -> str:
