@@ -675,8 +675,9 @@ def test_a_transaction_begins_and_claims_in_one_round_trip_where_libpq_can(
 def test_a_transaction_that_can_not_begin_is_refused(pg_database, monkeypatch, pipeline):
     """As behind a pooler that has its own idea of BEGIN."""
     monkeypatch.setattr(psycopg.capabilities, "has_pipeline", lambda: pipeline)
-    monkeypatch.setattr(psycopg.Connection, "_get_tx_start_command", lambda _: b"BEGIN NOTHING")
     store = SQLStore(pg_database)
+    store.transactions.connect().close()  # SQLAlchemy asks the first for its settings
+    monkeypatch.setattr(psycopg.Connection, "_get_tx_start_command", lambda _: b"BEGIN NOTHING")
     with pytest.raises(StoreUnavailable, match="NOTHING"):
         store.begin(new_claim())
     monkeypatch.undo()
