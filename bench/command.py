@@ -17,7 +17,7 @@ from bench.rows import measured_server
 
 SECTIONS = {
     "a": "in process: CPU and function calls, with a store that answers at once",
-    "b": "the store against pgbench with the same statements, and a request's CPU against references",
+    "b": "the store against pgbench with the same statements; a request's CPU against references",
     "c": "gunicorn: bare, wrapped, and two minimal references",
     "d": "growth: rows, bodies, scopes",
     "e": "contention: 50 claims of one key",

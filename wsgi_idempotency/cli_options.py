@@ -136,11 +136,6 @@ def unavailable() -> Iterator[None]:
         raise click.ClickException(f"{reason(exc)}. {advice}") from exc
 
 
-def log_to_stderr() -> None:
-    """For commands that run for long: what they log, with the time."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-
-
 @contextlib.contextmanager
 def stopped_by_signals(told: Callable[[], object] = lambda: None) -> Iterator[threading.Event]:
     """Set an event at the first SIGTERM or SIGINT, at once; the next does what it did before.
