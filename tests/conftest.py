@@ -127,6 +127,7 @@ TOGETHER = {
     "test_crash_points.py",
     "test_frameworks.py",
     "test_http_servers.py",
+    "test_monitoring.py",
     "test_packaging.py",
 }
 
