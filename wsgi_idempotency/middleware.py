@@ -152,10 +152,6 @@ class IdempotencyMiddleware:
         self._methods = frozenset().union(*(p.methods for p in policies if p is not None))
         self._unjoined: set[int] = set()
         transactional = any(p.transaction for p in policies if p is not None)
-        if transactional and sys.flags.dev_mode:
-            from wsgi_idempotency import foreign_writes
-
-            foreign_writes.watch()
         if transactional and not isinstance(self.store, TransactionalStore):
             raise ConfigurationError(
                 f"transaction=True needs a store whose transactions an application can join;"
@@ -169,6 +165,10 @@ class IdempotencyMiddleware:
                 f" the disk and the next can't; {self.store!r} has one durability for all it"
                 ' commits, use "synchronous"'
             )
+        if transactional and sys.flags.dev_mode:
+            from wsgi_idempotency import foreign_writes
+
+            foreign_writes.watch()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         policy, rule = self._policy_of(environ)
@@ -203,8 +203,8 @@ class IdempotencyMiddleware:
         """
         environ = {"REQUEST_METHOD": method, "PATH_INFO": path.encode().decode("latin-1")}
         policy, _ = self._policy_of(environ)
-        first = next(((route,) for matches, route, _ in self._routes if matches(environ)), None)
-        return policy, first == (None,)
+        matching = [route for matches, route, _ in self._routes if matches(environ)]
+        return policy, matching[:1] == [None]
 
     def forget_parent(self) -> None:
         """In a forked child: who waited in the parent doesn't wait here."""
