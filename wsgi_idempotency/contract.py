@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from werkzeug.test import EnvironBuilder, run_wsgi_app
+from werkzeug.datastructures import Headers
+from werkzeug.test import create_environ
 
 from wsgi_idempotency import problems, protocol, scope
 from wsgi_idempotency.fingerprint import canonical, exact
@@ -112,7 +113,7 @@ def refusals(section: Section) -> list[Refusal]:
         left_out.add("REBUILD_FAILED")
     if policy.fingerprint is None:
         left_out.add("FINGERPRINT_MISMATCH")
-    environ = EnvironBuilder(method=section.methods[0]).get_environ()
+    environ = create_environ(method=section.methods[0])
     found = []
     for code in problems.CODES:
         if code in left_out:
@@ -120,18 +121,18 @@ def refusals(section: Section) -> list[Refusal]:
         problem = problems.problem(code, retry_after=1 if code in RETRY_AFTER else None)
         if code == "RESPONSE_NOT_REPLAYABLE":
             problem = replace(problem, extensions={"original_status": 201})
-        render = section.middleware.render_problem
-        body, status, headers = run_wsgi_app(render(problem, environ), environ, buffered=True)
+        answer = problems.rendered(section.middleware.render_problem, problem, environ)
+        content_type = Headers(answer.headers).get("Content-Type", "")
         found.append(
             Refusal(
                 code,
-                int(status[:3]),
+                int(answer.status[:3]),
                 problem.retryable,
                 code in RETRY_AFTER,
                 problem.title,
                 problem.detail,
-                (headers.get("Content-Type") or "").partition(";")[0],
-                b"".join(body).decode(errors="replace"),
+                content_type.partition(";")[0],
+                answer.body.decode(errors="replace"),
             )
         )
     return found
