@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -73,6 +75,13 @@ def observers_of(ctx: click.Context, param: click.Parameter, value: str | None) 
         return load_observers("it", value)
     except ConfigurationError as exc:
         raise click.BadParameter(str(exc), ctx, param) from exc
+
+
+def import_from_here() -> None:
+    """Let modules that a user names be found where they stand, which a command's own path
+    leaves out."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

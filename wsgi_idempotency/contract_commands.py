@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from wsgi_idempotency.cli_options import import_from_here, json_option
 from wsgi_idempotency.errors import ConfigurationError
 from wsgi_idempotency.lint import FINDINGS, UNSAFE, Finding, Verdict, knows, lint
 from wsgi_idempotency.settings import load
@@ -23,8 +24,7 @@ APP_VARIABLE = "WSGI_IDEMPOTENCY_APP"
 
 def application_of(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
     """What ``module:app`` names; without it, what the environment says to wrap."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    import_from_here()
     if value is None and not os.environ.get(APP_VARIABLE):
         raise click.UsageError(
             f"Which application? Name it as module:app, or set {APP_VARIABLE} and what goes with"
@@ -32,13 +32,12 @@ def application_of(ctx: click.Context, param: click.Parameter, value: str | None
             ctx,
         )
     try:
-        if value is None:
-            from wsgi_idempotency.auto import from_environment
-
-            with contextlib.redirect_stdout(sys.stderr):
-                return from_environment()
         # What the application prints meanwhile has no place in JSON.
         with contextlib.redirect_stdout(sys.stderr):
+            if value is None:
+                from wsgi_idempotency.auto import from_environment
+
+                return from_environment()
             app = load("it", value)
     except ConfigurationError as exc:
         raise click.BadParameter(str(exc), ctx, param) from exc
@@ -103,7 +102,7 @@ def contract(ctx: click.Context, app: Any, openapi: bool, title: str) -> None:
     help="What needs a policy, besides the methods that policies are for.",
 )
 @click.option("--strict", is_flag=True, help="Let a key that is not required count as a finding.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_context
 def lint_routes(ctx: click.Context, app: Any, methods: str, strict: bool, as_json: bool) -> None:
     """List the URLs of an application that no policy covers.
@@ -118,7 +117,7 @@ def lint_routes(ctx: click.Context, app: Any, methods: str, strict: bool, as_jso
             " Pyramid's, Django's, Bottle's or Falcon's, and has no url_map of werkzeug's",
             ctx,
         )
-    looked_at = lint(app, [name for name in methods.replace(",", " ").split() if name])
+    looked_at = lint(app, methods.replace(",", " ").split())
     failing = FINDINGS | {Verdict.OPTIONAL} if strict else FINDINGS
     findings = [one for one in looked_at if one.verdict in failing]
     if as_json:

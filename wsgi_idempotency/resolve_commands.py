@@ -15,6 +15,7 @@ from wsgi_idempotency.cli_operations import key_argument, scope_option, the_one
 from wsgi_idempotency.cli_options import (
     EXIT_INTERRUPTED,
     database_option,
+    import_from_here,
     log_to_stderr,
     seconds,
     stopped_by_signals,
@@ -220,8 +221,7 @@ def sentence(text: str) -> str:
 
 def verdict_of(ctx: click.Context, param: click.Parameter, value: str) -> Any:
     """The function that ``module:function`` names; modules are found where one stands, too."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    import_from_here()
     try:
         verdict = load("it", value)
     except ConfigurationError as exc:
