@@ -27,6 +27,9 @@ from wsgi_idempotency.errors import ConfigurationError, InvalidKey
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
+#: A :class:`KeySource`, or a user's own function of the environ and the body.
+KeyCallable = Callable[["WSGIEnvironment", bytes], "str | None"]
+
 # A key that is not quoted: visible ASCII without comma, quote or space. A comma is what
 # two fields of one name are joined with (RFC 9110 section 5.3).
 _BARE = re.compile(r"[!#-+\--~]+")
@@ -180,9 +183,7 @@ class KeySource(ABC):
         return self.find(environ, Body.of_bytes(body))
 
 
-def extract(
-    source: Callable[[WSGIEnvironment, bytes], str | None], environ: WSGIEnvironment, body: Body
-) -> str | None:
+def extract(source: KeyCallable, environ: WSGIEnvironment, body: Body) -> str | None:
     """The key that a source or a user's callable finds, or None.
 
     :raises InvalidKey: there is something in its place that can't be a key.
@@ -195,9 +196,7 @@ def extract(
     return None if found is None else check(found)
 
 
-def places(
-    source: Callable[[WSGIEnvironment, bytes], str | None],
-) -> tuple[tuple[str, str], ...]:
+def places(source: KeyCallable) -> tuple[tuple[str, str], ...]:
     """Where a source or a user's callable looks; see :meth:`KeySource.places`."""
     if isinstance(source, KeySource):
         return source.places()
@@ -417,7 +416,7 @@ def json_field(path: str) -> KeySource:
 
 @dataclass(frozen=True)
 class _FirstOf(KeySource):
-    sources: tuple[Callable[[WSGIEnvironment, bytes], str | None], ...]
+    sources: tuple[KeyCallable, ...]
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -437,7 +436,7 @@ class _FirstOf(KeySource):
         return next((key for key in found if key is not None), None)
 
 
-def first_of(*sources: Callable[[WSGIEnvironment, bytes], str | None]) -> KeySource:
+def first_of(*sources: KeyCallable) -> KeySource:
     """The key is what the first source finds that finds one; the others are not asked.
 
     A source that refuses what it finds refuses the request.

@@ -9,20 +9,18 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from wsgi_idempotency.errors import ConfigurationError
-from wsgi_idempotency.fingerprint import exact
+from wsgi_idempotency.fingerprint import Fingerprint, exact
 from wsgi_idempotency.headers import never_replayable
-from wsgi_idempotency.key import header
+from wsgi_idempotency.key import KeyCallable, header
 from wsgi_idempotency.protocol import Action, Outcome, Outcomes, store_success
 from wsgi_idempotency.records import Lapse
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import WSGIApplication
 
     from wsgi_idempotency.operation import Operation
 
 Seconds = float | timedelta
-KeyCallable = Callable[["WSGIEnvironment", bytes], "str | None"]
-FingerprintCallable = Callable[["WSGIEnvironment", bytes], bytes]
 ScopeCallable = Callable[..., "str | None"]  # Flask's extension takes some without parameters
 
 IsolationLevel = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -91,7 +89,7 @@ class Policy:
     required: bool = False  # so that clients can be moved over one by one
     max_key_length: int = 256  # bytes; a UUID has 36
     namespace: Literal["endpoint", "scope"] = "endpoint"
-    fingerprint: FingerprintCallable | None = exact
+    fingerprint: Fingerprint | None = exact
     retention: Seconds = timedelta(hours=24)  # longer than clients go on retrying
     lease: Seconds = 60.0  # seconds; twice gunicorn's time-out for a dead worker
     wait: Seconds = 0.0  # seconds; a waiting duplicate occupies a worker
@@ -189,9 +187,9 @@ class Policy:
                 raise ConfigurationError(
                     f"{name} is {value!r}; use a whole number of at least {least}"
                 )
-        self._set("lease", _seconds("lease", self.lease, 1.0))
-        self._set("retention", _seconds("retention", self.retention, self.lease_seconds))
-        self._set("wait", _seconds("wait", self.wait, 0.0))
+        self._set("lease", in_seconds("lease", self.lease, 1.0))
+        self._set("retention", in_seconds("retention", self.retention, self.lease_seconds))
+        self._set("wait", in_seconds("wait", self.wait, 0.0))
         lapse = self._lapse_of_outcomes()
         self._set("lapse", Lapse.HOLD if self.transaction else lapse)
 
@@ -282,7 +280,12 @@ def _names(option: str, names: object, case: Callable[[str], str]) -> list[str]:
     return [case(name.strip()) for name in names]
 
 
-def _seconds(option: str, value: object, least: float) -> float:
+def in_seconds(option: str, value: object, least: float) -> float:
+    """An option's duration in seconds.
+
+    :param least: seconds; a century is the most.
+    :raises ConfigurationError: it is no duration, or out of these bounds.
+    """
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

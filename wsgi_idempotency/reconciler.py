@@ -31,7 +31,7 @@ from wsgi_idempotency.errors import (
     NotStorable,
     StoreError,
 )
-from wsgi_idempotency.policy import Seconds, _seconds
+from wsgi_idempotency.policy import Seconds, in_seconds
 from wsgi_idempotency.records import State, StoredResponse
 from wsgi_idempotency.stores import open_store
 from wsgi_idempotency.stores.resolving import (
@@ -143,7 +143,7 @@ class Reconciler:
         self.verdict = verdict
         self.actor = f"reconciler@{socket.gethostname()}" if actor is None else actor
         self.counts: Counter[str] = Counter()  # since it was made
-        self._patience = _seconds("patience", patience, 1.0)
+        self._patience = in_seconds("patience", patience, 1.0)
         self._max_response_bytes = max_response_bytes
         self._resolver = Resolver(opened)
 
@@ -155,7 +155,7 @@ class Reconciler:
         :param interval: seconds between the end of a walk and the next.
         :param stop: set it to end after the operation that is being judged.
         """
-        interval = _seconds("interval", interval, 0.0)
+        interval = in_seconds("interval", interval, 0.0)
         stop = stop or threading.Event()
         while not stop.is_set():
             try:
