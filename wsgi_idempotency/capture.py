@@ -232,7 +232,7 @@ class Capture:
             self._dropped = True
 
     def _hold_in_file(self, reason: str) -> None:
-        if reason is STREAMED:
+        if reason == STREAMED:
             raise EventStream(STREAMED)
         if self._spool is None:
             self._spool = Spool.new()

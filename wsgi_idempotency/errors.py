@@ -1,4 +1,4 @@
-"""Every error this package raises."""
+"""The errors that whoever uses this package may want to catch."""
 
 from __future__ import annotations
 

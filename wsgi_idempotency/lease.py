@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from wsgi_idempotency import forks
 from wsgi_idempotency.errors import StoreUnavailable
@@ -46,7 +47,7 @@ class _Kept:
     renew_at: float
     give_up_at: float
     finish: Finish | None = None
-    finish_at: float = field(default=float("inf"))
+    finish_at: float = math.inf
     backoff: float = _FIRST_RETRY
     finishing: bool = False
     look_until: float | None = None
@@ -81,7 +82,7 @@ class Heartbeat:
         """In a forked child: the parent's thread, lock and claims are not ours."""
         self._kept: dict[bytes, _Kept] = {}
         self._changed: threading.Condition | None = None
-        self._wake_at = float("inf")
+        self._wake_at = math.inf
 
     def start(self, claim: Claim, operation: Operation, since: float | None = None) -> None:
         """Keep a claim alive from now on.
@@ -118,7 +119,7 @@ class Heartbeat:
         minutes, and a lease at least, from when the store first answers again."""
         now = time.monotonic()
         give_up_at = now + claim.retention
-        self._add(_Kept(claim, None, float("inf"), give_up_at, undo, now + _FIRST_RETRY))
+        self._add(_Kept(claim, None, math.inf, give_up_at, undo, now + _FIRST_RETRY))
 
     def flush(self) -> None:
         """At the end of the process: finish what is left, once, and say what could not be."""
@@ -177,11 +178,11 @@ class Heartbeat:
                 # With nothing to keep it still wakes when it was to, once: woken by each claim
                 # that comes alone and put to sleep by its end, it would take a switch of
                 # threads from every request.
-                planned = self._wake_at if self._wake_at > now else float("inf")
+                planned = self._wake_at if self._wake_at > now else math.inf
                 self._wake_at = min((kept.due() for kept in self._kept.values()), default=planned)
                 if self._wake_at > now:
                     timeout = self._wake_at - now
-                    changed.wait(None if timeout == float("inf") else timeout)
+                    changed.wait(None if timeout == math.inf else timeout)
                     continue
                 due = [kept for kept in self._kept.values() if kept.due() <= now]
             try:

@@ -156,7 +156,7 @@ _KINDS = {
         "Response could not be made again",
         "The operation is done, and its response was lost and could not be made again. It will not"
         " be run again: send the request again later to get its response.",
-        True,
+        retryable=True,
     ),
     "COMMIT_UNKNOWN": _Kind(
         503,

@@ -13,7 +13,7 @@ from types import MethodType
 from typing import Any, cast
 
 from werkzeug.exceptions import HTTPException
-from werkzeug.routing import Map, RequestRedirect
+from werkzeug.routing import Map
 
 from wsgi_idempotency.middleware import IdempotencyMiddleware
 
@@ -174,7 +174,6 @@ def _fitting(regex: str, candidate: str) -> str:
 
 
 def _of_werkzeug(app: Any, candidates: tuple[str, ...]) -> Iterator[Endpoint]:
-    adapter = app.url_map.bind("localhost")
     for rule in app.url_map.iter_rules():
         if rule.build_only or rule.websocket:
             continue
@@ -191,7 +190,7 @@ def _of_werkzeug(app: Any, candidates: tuple[str, ...]) -> Iterator[Endpoint]:
             path = re.sub(r"<(?:[^<>]*:)?(\w+)>", lambda found: values[found[1]], rule.rule)
             try:
                 found, _ = adapter.match(path, method, return_rule=True)
-            except (HTTPException, RequestRedirect):
+            except HTTPException:  # also a RequestRedirect
                 return None
             return path if found is rule else None
 
