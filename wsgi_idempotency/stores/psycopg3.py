@@ -343,64 +343,50 @@ def _answers(connection: psycopg.Connection[Any], commands: int = 1) -> list[lis
     :raises psycopg.OperationalError: the connection was lost.
     :raises TimedOut: not all came in time.
     """
-    if not isinstance(connection, BoundedConnection):  # of an engine of the application's
-        return _Waiting(connection.pgconn, math.inf).answers(commands)
+    server: PGconn = connection.pgconn
+    # One of an engine of the application's waits for as long as it takes.
+    seconds = connection.seconds if isinstance(connection, BoundedConnection) else math.inf
+    deadline = time.monotonic() + seconds
     try:
-        return _Waiting(connection.pgconn, connection.seconds).answers(commands)
+        # A server that sends meanwhile may take nothing more until that was read.
+        while server.flush():
+            if _wait(server, _IN | _OUT, deadline) & _IN:
+                server.consume_input()
+        return [_results(server, deadline) for _ in range(commands)]
     except TimedOut:
+        assert isinstance(connection, BoundedConnection)
         connection.give_up()
-        raise
+        raise TimedOut(f"no answer within {seconds:g} s") from None
 
 
-class _Waiting:
-    """libpq's asynchronous way (PostgreSQL documentation, 34.4), for so many seconds."""
-
-    __slots__ = ("_deadline", "_seconds", "_server")
-
-    def __init__(self, server: PGconn, seconds: float) -> None:
-        self._server = server
-        self._seconds = seconds
-        self._deadline = time.monotonic() + seconds
-
-    def answers(self, commands: int) -> list[list[PGresult]]:
-        self._send()
-        return [self._results() for _ in range(commands)]
-
-    def _send(self) -> None:
-        """Hand all that libpq has buffered to the network. A server that sends meanwhile may take
-        nothing more until that was read."""
-        while self._server.flush():
-            if self._wait(_IN | _OUT) & _IN:
-                self._server.consume_input()
-
-    def _results(self) -> list[PGresult]:
-        """The results of one command."""
-        server = self._server
-        results: list[PGresult] = []
-        while True:
-            try:
-                while server.is_busy():
-                    self._wait(_IN)
-                    server.consume_input()
-            except psycopg.OperationalError:
-                # A server that says why it hangs up is worth hearing.
-                if any(result.status == ExecStatus.FATAL_ERROR for result in results):
-                    return results
-                raise
-            result = server.get_result()
-            if result is None:
+def _results(server: PGconn, deadline: float) -> list[PGresult]:
+    """The results of one command."""
+    results: list[PGresult] = []
+    while True:
+        try:
+            while server.is_busy():
+                _wait(server, _IN, deadline)
+                server.consume_input()
+        except psycopg.OperationalError as exc:
+            # A server that says why it hangs up is worth hearing.
+            fatal = any(result.status == ExecStatus.FATAL_ERROR for result in results)
+            if fatal and not isinstance(exc, TimedOut):
                 return results
-            results.append(result)
-            if result.status == ExecStatus.PIPELINE_SYNC:
-                return results  # nothing ends it
+            raise
+        result = server.get_result()
+        if result is None:
+            return results
+        results.append(result)
+        if result.status == ExecStatus.PIPELINE_SYNC:
+            return results  # nothing ends it
 
-    def _wait(self, events: int) -> int:
-        """Which of the events there are on the connection's socket."""
-        left = self._deadline - time.monotonic()
-        happened = _poll(self._server.socket, events, max(0.0, left))
-        if not happened:
-            raise TimedOut(f"no answer within {self._seconds:g} s")
-        return happened
+
+def _wait(server: PGconn, events: int, deadline: float) -> int:
+    """Which of the events there are on the connection's socket."""
+    happened = _poll(server.socket, events, max(0.0, deadline - time.monotonic()))
+    if not happened:
+        raise TimedOut
+    return happened
 
 
 _IN, _OUT = 1, 4  # of poll(2)
