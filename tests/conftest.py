@@ -21,6 +21,7 @@ from servers.postgres import (
 )
 
 from wsgi_idempotency.schema import upgrade
+from wsgi_idempotency.stores.tables import metadata
 
 # How long an example takes says something of this machine's other load, and nothing of ours.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -98,6 +99,23 @@ def pg_database(on_postgresql: None, postgres: Postgres, schema_template: str) -
     url = postgres.create_database(schema_template)
     yield url
     postgres.drop_database(url)
+
+
+@pytest.fixture(scope="module")
+def module_database(postgres: Postgres, schema_template: str) -> Iterator[str]:
+    """The URL of a database that has our schema: one for all tests of a file, since to make and
+    drop one takes longer than most tests."""
+    url = postgres.create_database(schema_template)
+    yield url
+    postgres.drop_database(url)
+
+
+@pytest.fixture
+def emptied_database(on_postgresql: None, postgres: Postgres, module_database: str) -> str:
+    """The file's database, with no row of ours: ``pg_database`` where a file says so."""
+    tables = ", ".join(metadata.tables)
+    postgres.execute(f"TRUNCATE {tables}", database_of(module_database))
+    return module_database
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import pytest
 from apps.doomed import MODES, Ledger, post
 from apps.shop import query
 from servers.http import TESTS
-from servers.postgres import Postgres
 from werkzeug.test import Client, create_environ
 from werkzeug.wrappers import Response
 
@@ -169,14 +168,10 @@ class Matrix:
 
 
 @pytest.fixture(scope="module")
-def on_pg(
-    postgres: Postgres, schema_template: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Matrix]:
-    url = postgres.create_database(schema_template)
-    matrix = Matrix(url, tmp_path_factory.mktemp("postgresql"), list(MODES))
+def on_pg(module_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+    matrix = Matrix(module_database, tmp_path_factory.mktemp("postgresql"), list(MODES))
     yield matrix
     matrix.close()
-    postgres.drop_database(url)
 
 
 ON_SQLITE = ["store_success", "transaction", "step", "guard"]

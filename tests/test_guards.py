@@ -14,7 +14,6 @@ import pytest
 from apps.shop import query
 from click.testing import CliRunner, Result
 from servers.commit_proxy import CommitProxy
-from servers.postgres import Postgres
 from sqlalchemy import Column, Connection, Engine, Integer, String, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
@@ -42,7 +41,6 @@ from wsgi_idempotency.errors import ClaimLost, Disconnected, GuardRefused, Store
 from wsgi_idempotency.lease import Heartbeat
 from wsgi_idempotency.records import Claim, Claimed, Record
 from wsgi_idempotency.stores.resolving import Resolver
-from wsgi_idempotency.stores.tables import metadata
 from wsgi_idempotency.testing import make_claim
 
 
@@ -139,27 +137,17 @@ def buy(operation: Operation, session: Session) -> int:
 OpenShop = Callable[..., Shop]
 
 
-@pytest.fixture(scope="module")
-def server_database(postgres: Postgres, schema_template: str) -> Iterator[str]:
-    """One for all tests here, since to make and drop one takes longer than a test."""
-    url = postgres.create_database(schema_template)
-    yield url
-    postgres.drop_database(url)
-
-
 @pytest.fixture
-def pg_database(on_postgresql: None, server_database: str) -> str:
-    query(server_database, f"TRUNCATE {', '.join(metadata.tables)}")
-    query(server_database, "DROP TABLE IF EXISTS orders")
-    return server_database
+def pg_database(emptied_database: str) -> str:
+    query(emptied_database, "DROP TABLE IF EXISTS orders")
+    return emptied_database
 
 
-@pytest.fixture
-def open_shop(database: str) -> Iterator[OpenShop]:
+def opener(url: str) -> Iterator[OpenShop]:
     shops = []
 
     def open_shop(**options: Any) -> Shop:
-        shops.append(Shop(database, **options))
+        shops.append(Shop(url, **options))
         return shops[-1]
 
     yield open_shop
@@ -168,16 +156,13 @@ def open_shop(database: str) -> Iterator[OpenShop]:
 
 
 @pytest.fixture
+def open_shop(database: str) -> Iterator[OpenShop]:
+    yield from opener(database)
+
+
+@pytest.fixture
 def on_pg(pg_database: str) -> Iterator[OpenShop]:
-    shops = []
-
-    def on_pg(**options: Any) -> Shop:
-        shops.append(Shop(pg_database, **options))
-        return shops[-1]
-
-    yield on_pg
-    for shop in shops:
-        shop.close()
+    yield from opener(pg_database)
 
 
 def code(response: TestResponse) -> str:

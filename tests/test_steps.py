@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import pytest
 from apps.shop import query
-from servers.postgres import Postgres
 from sqlalchemy import create_engine
 from werkzeug.test import Client, TestResponse
 from werkzeug.wrappers import Response
@@ -65,18 +64,9 @@ class Shop:
 OpenShop = Callable[..., Shop]
 
 
-@pytest.fixture(scope="module")
-def server_database(postgres: Postgres, schema_template: str) -> Iterator[str]:
-    """One for all tests here, since to make and drop one takes longer than a test."""
-    url = postgres.create_database(schema_template)
-    yield url
-    postgres.drop_database(url)
-
-
 @pytest.fixture
-def pg_database(on_postgresql: None, server_database: str) -> str:
-    query(server_database, "TRUNCATE idempotency_keys, idempotency_steps")
-    return server_database
+def pg_database(emptied_database: str) -> str:
+    return emptied_database
 
 
 @pytest.fixture

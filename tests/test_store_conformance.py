@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import pytest
 import sqlalchemy
-from servers.postgres import Postgres, database_of
 from sqlalchemy import select
 
 from wsgi_idempotency.errors import StoreUnavailable
@@ -150,17 +149,8 @@ class TestSQLite(TransactionalConformance, SQLConformance):
 
 class TestPostgreSQL(TransactionalConformance, SQLConformance):
     @pytest.fixture(autouse=True)
-    def storage(self, database: str, postgres: Postgres) -> None:
-        self.process_argument = database
-        postgres.execute("TRUNCATE idempotency_keys, idempotency_steps", database_of(database))
+    def storage(self, emptied_database: str) -> None:
+        self.process_argument = emptied_database
 
     def unreachable_store(self) -> Store:
         return SQLStore("postgresql+psycopg://nobody@127.0.0.1:1/nowhere", timeout=0.5)
-
-
-@pytest.fixture(scope="module")
-def database(postgres: Postgres, schema_template: str) -> Iterator[str]:
-    """One for all tests here, since to make and drop one takes longer than a test."""
-    url = postgres.create_database(schema_template)
-    yield url
-    postgres.drop_database(url)

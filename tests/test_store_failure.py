@@ -203,12 +203,10 @@ CORRUPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def done(postgres: Any, schema_template: str, tmp_path_factory: Any) -> Iterator[Shop]:
+def done(module_database: str, tmp_path_factory: Any) -> Iterator[Shop]:
     """A shop that serves all the tests of corrupt rows, each with a key of its own."""
-    url = postgres.create_database(schema_template)
-    with open_shop(url, tmp_path_factory.mktemp("corrupt"), workers=2) as shop:
+    with open_shop(module_database, tmp_path_factory.mktemp("corrupt"), workers=2) as shop:
         yield shop
-    postgres.drop_database(url)
 
 
 @pytest.mark.parametrize("what", CORRUPTIONS)

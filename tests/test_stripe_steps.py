@@ -12,7 +12,6 @@ import pytest
 from apps.gateway import Gateway
 from apps.shop import query
 from servers.http import TESTS, Connection, Gunicorn, Response
-from servers.postgres import Postgres
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -26,19 +25,12 @@ def gateway() -> Iterator[Gateway]:
 
 
 @pytest.fixture(scope="module")
-def database(postgres: Postgres, schema_template: str) -> Iterator[str]:
-    url = postgres.create_database(schema_template)
-    yield url
-    postgres.drop_database(url)
-
-
-@pytest.fixture(scope="module")
 def shop(
-    database: str, gateway: Gateway, tmp_path_factory: pytest.TempPathFactory
+    module_database: str, gateway: Gateway, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gunicorn]:
     """Under gunicorn, set up as the example's own text says."""
     environment = {
-        "SHOP_DATABASE": database,
+        "SHOP_DATABASE": module_database,
         "STRIPE_KEY": "sk_test_shop",
         "STRIPE_API": gateway.url,
         "MAIL_API": f"{gateway.url}/receipts",
@@ -75,22 +67,24 @@ def order(shop: Gunicorn, key: str, *headers: tuple[str, str]) -> Response:
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("moment", ["in", "after"])
 def test_killed_in_or_after_each_step_and_resumed_it_does_each_once(
-    shop: Gunicorn, database: str, gateway: Gateway, moment: str, step: str
+    shop: Gunicorn, module_database: str, gateway: Gateway, moment: str, step: str
 ) -> None:
     """Killed after it, no step that is done is called again; killed in it, one is, with the
     same key."""
     key = f"{moment}-{step}"
-    reservations = len(query(database, "SELECT * FROM reservations"))
+    reservations = len(query(module_database, "SELECT * FROM reservations"))
     charges, receipts = len(gateway.charges), len(gateway.receipts)
     gateway.calls.clear()
     with pytest.raises(ConnectionError):
         order(shop, key, ("X-Die", f"{moment} {step}"))
     # Its worker is dead, which only the lease would tell.
-    query(database, "UPDATE idempotency_keys SET lease_until = now() WHERE state = 'claimed'")
+    query(
+        module_database, "UPDATE idempotency_keys SET lease_until = now() WHERE state = 'claimed'"
+    )
     resumed = order(shop, key)
     assert resumed.status == 201
     assert order(shop, key).body == resumed.body
-    assert len(query(database, "SELECT * FROM reservations")) == reservations + 1
+    assert len(query(module_database, "SELECT * FROM reservations")) == reservations + 1
     assert (len(gateway.charges), len(gateway.receipts)) == (charges + 1, receipts + 1)
     called_again = moment == "in" and step != "reserve"
     assert len(gateway.calls) == (3 if called_again else 2)
