@@ -51,6 +51,7 @@ from wsgi_idempotency.crashing import CrashPoint, crash_at
 from wsgi_idempotency.errors import StoreUnavailable
 from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State, Step
 from wsgi_idempotency.stores.base import StepStore, Store, Transaction, TransactionalStore
+from wsgi_idempotency.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -532,8 +533,7 @@ class StoreConformance:
         names = [f"key {number}" for number in range(30)]
         for name in names:
             situation.arrange(store, name)
-        for answers in zip(*crowd.race(race_for, names), strict=True):
-            assert answers[the_one(answers)] == Claimed(2)
+        assert_one_is_granted(crowd.race(race_for, names), Claimed(2))
 
     @each(EXPIRED)
     def test_one_of_many_workers_takes_over_what_has_expired(
@@ -543,8 +543,7 @@ class StoreConformance:
         names = [f"key {number}" for number in range(30)]
         for name in names:
             situation.arrange(store, name)
-        for answers in zip(*crowd.race(race_for, names), strict=True):
-            assert answers[the_one(answers)] == Claimed(1)
+        assert_one_is_granted(crowd.race(race_for, names), Claimed(1))
 
     def test_one_of_many_workers_wins_while_a_purge_takes_the_row_away(
         self, store: Store, crowd: Crowd
@@ -553,8 +552,7 @@ class StoreConformance:
         names = [f"key {number}" for number in range(60)]
         for name in names:
             EXPIRED["an expired completed row"].arrange(store, name)
-        for answers in zip(*crowd.race(race_against_purge, names), strict=True):
-            assert answers[the_one(answers)] == Claimed(1)
+        assert_one_is_granted(crowd.race(race_against_purge, names), Claimed(1))
 
     @pytest.mark.parametrize("way", ["renew", "complete", "hold", "forget"])
     def test_either_the_owner_keeps_a_lapsed_claim_or_one_other_takes_it(
@@ -1494,20 +1492,9 @@ class StoreConformance:
         store = self.unreachable_store()
         if store is None:
             pytest.skip("this store can always be reached")
-        claim = make_claim()
-        seen = Record(
-            digest=claim.digest,
-            token=claim.token,
-            state=State.RELEASED,
-            fingerprint=claim.fingerprint,
-            fingerprint_version=1,
-            attempt=1,
-            lapse=Lapse.RELEASE,
-            lapsed=False,
-            past_retention=False,
-            age=0.0,
-            lease_left=0.0,
-        )
+        reachable = MemoryStore()
+        claim = RELEASED.arrange(reachable)
+        seen = lookup(reachable, claim)
         calls: list[Callable[[], object]] = [
             store.check,
             lambda: store.claim(claim),
@@ -1667,6 +1654,12 @@ def the_one(answers: tuple[Claimed | Record, ...]) -> int:
     winners = [worker for worker, answer in enumerate(answers) if isinstance(answer, Claimed)]
     assert len(winners) == 1, f"{len(winners)} workers hold the key"
     return winners[0]
+
+
+def assert_one_is_granted(race: list[list[Claimed | Record]], granted: Claimed) -> None:
+    """Of all workers' answers for each key, one is a grant, and it is this one."""
+    for answers in zip(*race, strict=True):
+        assert answers[the_one(answers)] == granted
 
 
 class Hammer:
