@@ -60,7 +60,7 @@ def wrap(kind: str, app: Any) -> Any:
         return app
     url = os.environ["BENCH_STORE"]
     if kind == "wrapped":
-        store = SQLStore(url, pool_size=max(THREADS, 2))
+        store = url if url == "memory:" else SQLStore(url, pool_size=max(THREADS, 2))
         return IdempotencyMiddleware(app, store, scope=by_authorization, policy=Policy(**POLICY))
     import references
 
