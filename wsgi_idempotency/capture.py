@@ -285,6 +285,7 @@ def play(
 ) -> Iterable[bytes]:
     """Answer with a stored response.
 
+    :param response: one that :func:`~wsgi_idempotency.headers.unsendable` has nothing against.
     :param extra: header pairs to add, in place of stored ones of the same name.
     """
     status = int(response.status[:3])

@@ -144,7 +144,9 @@ def refusals(section: Section) -> list[Refusal]:
 def markdown(app: Any, *, title: str = "Idempotency keys") -> str:
     """The policies of an application as a page for its clients.
 
+    :param app: the application, as :func:`wsgi_idempotency.lint.lint` takes it.
     :param title: the page's heading.
+    :returns: Markdown.
     """
     found = sections(app)
     lines = [
@@ -234,6 +236,7 @@ def _whose(section: Section) -> str:
 
 
 def name_of(function: object) -> str:
+    """What a user's callable is called, for people."""
     return str(getattr(function, "__name__", type(function).__name__))
 
 
@@ -363,7 +366,9 @@ def openapi(app: Any, *, title: str = "Idempotency keys") -> dict[str, Any]:
     application without one, each route's. Below ``components`` are a parameter for each
     header field that a key may be in, and the responses of each status.
 
+    :param app: the application, as :func:`wsgi_idempotency.lint.lint` takes it.
     :param title: the document's.
+    :returns: what ``json.dumps`` writes.
     """
     made = _Fragment()
     for path, methods, section in _operations(app):
@@ -404,7 +409,8 @@ _OF_BOTTLE = re.compile(r"<(\w+):[^<>]*>")
 def template(rule: str, kind: str | None = None) -> str:
     """A rule as OpenAPI writes the template of a path.
 
-    :param kind: the framework whose rule it is.
+    :param rule: as the framework writes it.
+    :param kind: the framework, as :func:`~wsgi_idempotency.urls.kind_of` names it.
     """
     if kind == "bottle":
         rule = _OF_BOTTLE.sub(r"<\1>", rule)

@@ -108,6 +108,7 @@ def compute(
         made under another policy. A number that is neither built in nor the policy's
         gives a fingerprint that equals no other, so that such a retry is refused.
     :param configured: the policy's fingerprint.
+    :param secret: the middleware's, or None.
     :returns: 32 bytes.
     :raises TypeError: a user's callable returned something other than bytes.
     :raises BodyError: the body is needed and can't be taken in full.
@@ -142,7 +143,10 @@ def key_digest(
     :param secret: keys the digest, so that who reads the table can't guess keys or scopes.
     :param namespace: ``"endpoint"``: method and path are part of the name; ``"scope"``:
         they are not.
+    :param scope: whose key it is, as the scope callable said.
+    :param method: in any case.
     :param path: the full path, SCRIPT_NAME and PATH_INFO.
+    :param key: the idempotency key, unescaped.
     :returns: 32 bytes.
     """
     parts = [namespace, scope, key]

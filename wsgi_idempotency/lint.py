@@ -59,6 +59,7 @@ def lint(app: Any, methods: Collection[str] = UNSAFE) -> list[Finding]:
     :param app: a Flask, Pyramid, Django, Bottle or Falcon application, or another whose
         ``url_map`` is werkzeug's, wrapped or not.
     :param methods: those that need protection, besides the ones that policies are for.
+    :returns: what was found, in the order of the URL map.
     """
     return [
         finding

@@ -283,6 +283,8 @@ def _names(option: str, names: object, case: Callable[[str], str]) -> list[str]:
 def in_seconds(option: str, value: object, least: float) -> float:
     """An option's duration in seconds.
 
+    :param option: its name, for the error.
+    :param value: seconds or a timedelta.
     :param least: seconds; a century is the most.
     :raises ConfigurationError: it is no duration, or out of these bounds.
     """

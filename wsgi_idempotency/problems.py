@@ -181,8 +181,11 @@ def problem(
 ) -> Problem:
     """The problem of a code, with its pinned status.
 
+    :param code: one of :data:`CODES`.
     :param detail: what to say instead of the code's own detail.
     :param retry_after: seconds.
+    :param headers: as of :class:`Problem`, and so are ``extensions``.
+    :raises KeyError: there is no such code.
     """
     kind = _KINDS[code]
     return Problem(

@@ -78,7 +78,10 @@ def purge_forever(
     :param interval: seconds from the end of one purge to the next, on average: each pause is
         between a half and one and a half of it, so that hosts that were started together don't
         purge together.
-    :param max_batches: of one purge.
+    :param max_batches: of one purge. It, ``batch``, ``sleep``, ``older_than``, ``stop`` and
+        ``on_event`` are as for :func:`purge`.
+    :returns: an iterator that works as it is consumed, until ``stop`` is set: the rows each batch
+        has deleted.
     """
     stop = stop or threading.Event()
     while not stop.is_set():

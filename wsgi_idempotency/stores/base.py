@@ -188,9 +188,11 @@ class GuardingStore(Store, Protocol):
     def guard(self, target: Any, claim: Claim, siblings: Sequence[Guard] = ()) -> Guard:
         """Watch what the application hands over, until it is told not to.
 
+        :param target: a session or a connection, as the store's own documentation says.
+        :param claim: the one its transactions are fenced with.
         :param siblings: the guards of the same operation, also those to come. While the COMMIT
             of one is unheard, no other commits what might be the same, done twice.
-
+        :returns: what watches it.
         :raises GuardRefused: it can't be guarded.
         """
 

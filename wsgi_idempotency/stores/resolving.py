@@ -527,6 +527,7 @@ class Resolver:
         or not at all. A row that is released or completed is remembered from now on for as
         long as it was to be when it was claimed.
 
+        :param digest: 32 bytes that name the operation's row.
         :param seen: the token the row had when it was looked at.
         :param action: FORGET drops the row, and the key is fresh; RELEASE lets the same
             request run again, or where the operation's effects are committed its response be
