@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -25,8 +26,9 @@ from servers import ended
 from servers.postgres import Postgres, PostgresServer, database_of
 from sqlalchemy import Connection, text
 from table import add_rows, count_rows
+from werkzeug.test import Client
 
-from wsgi_idempotency import SQLStore, checkup
+from wsgi_idempotency import IdempotencyMiddleware, SQLStore, checkup, everyone
 from wsgi_idempotency.cli import main
 from wsgi_idempotency.cli_options import stopped_by_signals, work_until_told
 from wsgi_idempotency.errors import StoreUnavailable
@@ -88,6 +90,39 @@ def test_a_purge_that_is_stopped_ends_after_its_batch(store: SQLStore, database:
     stop.set()
     assert list(batches) == []
     assert count_rows(database) == 2
+
+
+def test_a_batch_keeps_nobody_waiting_but_for_its_own_keys(
+    postgres: Postgres, pg_database: str
+) -> None:
+    """And those only until it is over, however long that is."""
+    app = IdempotencyMiddleware(lambda _, start: start("201 Made", []) and [], pg_database,
+                                scope=everyone)  # fmt: skip
+
+    def post(key: str) -> tuple[int, bool]:
+        headers = {"Idempotency-Key": key}
+        answer = Client(app).post("/", headers=headers, buffered=True)
+        return answer.status_code, "Idempotency-Replayed" in answer.headers
+
+    waiting = sql.SQL(
+        "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = {}"
+    ).format(database_of(pg_database))
+    post("expired")
+    post("live")
+    with postgres.connect(database_of(pg_database)) as purging:
+        purging.execute(
+            "UPDATE idempotency_keys SET expires_at = now() WHERE idempotency_key = 'expired'"
+        )
+        with ThreadPoolExecutor(1) as pool:
+            with purging.transaction():
+                params = {"limit": 10, "older_than": 0.0}
+                assert purging.execute(_PG_PURGE, params).rowcount == 1  # type: ignore[call-overload]
+                assert post("live") == (201, True)
+                assert post("fresh") == (201, False)
+                late = pool.submit(post, "expired")
+                while not postgres.execute(waiting):
+                    assert not late.done()
+            assert late.result() == (201, False)
 
 
 class Clock(threading.Event):

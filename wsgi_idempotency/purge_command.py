@@ -83,9 +83,9 @@ def purge(
 ) -> None:
     """Delete expired rows, the oldest first.
 
-    Rows in flight, held, or within their retention stay. Requests are not blocked, and
-    several purges may run at once. SIGTERM and SIGINT end it after the batch at hand, which
-    gets five seconds; a second one ends it at once.
+    Rows in flight, held, or within their retention stay. No request waits for more than
+    a batch, and several purges may run at once. SIGTERM and SIGINT end it after the batch at
+    hand, which gets five seconds; a second one ends it at once.
     """
     how: dict[str, Any] = {
         "batch": batch,

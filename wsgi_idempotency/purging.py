@@ -31,7 +31,8 @@ def purge(
     """Delete expired rows, the oldest first, until there are none.
 
     Rows in flight, held, or within their retention stay. Each batch is a transaction of its
-    own, which waits for nobody and makes nobody wait, so that any number of hosts may purge.
+    own, which waits for nobody, and is all that a request ever waits for, so that any number of
+    hosts may purge.
 
     :param store: where they are.
     :param batch: rows that a statement deletes at most.

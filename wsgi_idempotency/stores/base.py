@@ -112,7 +112,7 @@ class Store(Protocol):
         """
 
     def purge(self, limit: int) -> int:
-        """Delete at most ``limit`` expired rows, oldest first, without blocking requests.
+        """Delete at most ``limit`` expired rows, oldest first, in one short transaction.
 
         Never one before its ``expires_at``, in flight, or held. Rows that another purge
         is deleting are skipped, so that no row is counted twice.
