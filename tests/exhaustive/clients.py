@@ -130,7 +130,6 @@ class Client:
         self._middleware = IdempotencyMiddleware(self._app, store, scope=everyone, policy=policy)
         self._run: _Run
         self._loop: dict[tuple[bool, bool], Node] = {}
-        self.nodes = 0
         self.start = self.node(())
         self.ended = Node(self, (), (ANSWERED,))
         self.dead = Node(self, (), (ANSWERED,))
@@ -153,7 +152,6 @@ class Client:
         return first
 
     def _replay(self, answers: tuple[Any, ...]) -> Node:
-        self.nodes += 1
         run = self._run = _Run(answers, bytes_of(self.number), self.lapse, self._threads_fail)
         self._middleware.store = run
         self._middleware.heartbeat = run  # type: ignore[assignment]
