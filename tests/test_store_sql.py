@@ -69,11 +69,13 @@ def test_a_statement_that_times_out_leaves_no_backend_waiting(pg_database: str) 
         for thread in threads:
             thread.join()
         with psycopg.connect(libpq(pg_database), autocommit=True) as other:
-            waiting = other.execute(
-                "SELECT count(*) FROM pg_stat_activity"
+            # A backend that was told to give up needs a moment; one that was not has none here.
+            deadline = time.monotonic() + 10
+            while waiting := other.execute(
+                "SELECT pid FROM pg_stat_activity"
                 " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-            ).fetchone()
-        assert waiting == (0,)
+            ).fetchall():
+                assert time.monotonic() < deadline, waiting
     assert len(lost) == 2
     assert store.lookup(claim.digest) is None
     store.close()
