@@ -759,8 +759,8 @@ class _Execution:
             before_first_byte=self._before_first_byte,
             after_last_byte=self._after_last_byte,
         )
-        self._begin()
         try:
+            self._begin()
             answer = capture.run(request.middleware.app, request.environ)
             if isinstance(answer, Passing):
                 return answer.body
@@ -769,7 +769,9 @@ class _Execution:
             return request.winner(self._claim)
         except BaseException as exc:
             # Also GreenletExit, SystemExit and KeyboardInterrupt: the handler is over.
-            if not capture.passing and not self._operation.ended:
+            if capture.passing:
+                capture.close()  # the server never gets it
+            elif not self._operation.ended:
                 self._end(self._action(Outcome(exception=exc)))
             raise
 
@@ -781,6 +783,8 @@ class _Execution:
         except BaseException:
             first = self._operation.attempt == 1 and not self._request.rebuilds
             undo = self._store.forget if first else self._store.release
+            self._operation.end()
+            self._heartbeat.stop(self._claim)
             with suppress(Exception):
                 undo(self._claim.digest, self._claim.token)
             raise
@@ -873,13 +877,14 @@ class _Execution:
             return kept
 
         seconds = time.monotonic() - self._started
-        self._operation.end()
-        self._heartbeat.finishing(self._claim)
         try:
+            self._operation.end()
+            self._heartbeat.finishing(self._claim)
             kept = self._request.ask(finish)
             self._heartbeat.stop(self._claim)
         except BaseException as exc:
             self._heartbeat.finish_later(self._claim, self._operation, finish)
+            self._operation.end()
             logger.error("%r was run, and will be recorded later: %s", self._operation, exc)
             self._request.tell("store_failure", exception=exc, attempt=self._operation.attempt)
             if not isinstance(exc, Exception):
@@ -904,14 +909,16 @@ class _Rebuild(_Execution):
     def run(self) -> Iterable[bytes]:
         request = self._request
         capture = request.capture(self._operation)
-        self._begin()
         try:
+            self._begin()
             answer = capture.run(self._app, request.environ)
             assert isinstance(answer, Whole)
             status = int(answer.status[:3])
             if status >= 500 or status in protocol.NEVER_AN_OUTCOME:
                 raise RuntimeError(f"rebuild answered {answer.status}")
         except BaseException as exc:
+            if self._operation.ended:
+                raise
             self._end(Action.RELEASE)
             if not isinstance(exc, Exception):
                 raise

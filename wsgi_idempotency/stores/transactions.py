@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -104,6 +105,8 @@ class _Savepoint:
 class SQLTransaction:
     """See :class:`~wsgi_idempotency.stores.base.Transaction`."""
 
+    _pid = 0  # until there is something to leave behind
+
     def __init__(self, store: SQLStore, connection: Connection, claim: Claim) -> None:
         self._store = store
         self._connection = connection
@@ -117,8 +120,17 @@ class SQLTransaction:
         self._undone = False
         self.claimed: Claimed | None = None
         self.seen: Record | None = None
-        connection.info[_JOINED] = self
+        self._pid = os.getpid()
+        # Weak: the pool has the connection's info, and must not keep what nobody ends any more.
+        connection.info[_JOINED] = weakref.ref(self)
         store._sql.refuse_commit(self._driver, _refuse)
+
+    def __del__(self) -> None:
+        """A thread interrupted between any two lines leaves a transaction that nobody ends, with
+        the key's lock, or all of SQLite's."""
+        if self._pid == os.getpid() and not self._connection.closed:
+            self._connection.invalidate()
+            self._connection.close()
 
     @property
     def connection(self) -> Connection:
@@ -362,10 +374,13 @@ def _begin_immediate(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
+def _nothing() -> None: ...
+
+
 def _joined(connection: Connection | None) -> SQLTransaction | None:
     if connection is None or connection.closed or connection.invalidated:
         return None
-    transaction: SQLTransaction | None = connection.info.get(_JOINED)
+    transaction: SQLTransaction | None = connection.info.get(_JOINED, _nothing)()
     return transaction
 
 
@@ -405,7 +420,7 @@ def _note_session(session: Session, transaction: object, connection: Connection)
 
 
 def _note_commit(session: Session) -> None:
-    joined = session.info.get(_JOINED, lambda: None)()
+    joined = session.info.get(_JOINED, _nothing)()
     if joined is not None:
         joined.session_committed(session)
 
