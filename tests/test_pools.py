@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
+from types import FrameType
+from typing import Any
+
+import psycopg
+import pytest
+from servers.postgres import Postgres, database_of
+from sqlalchemy import event
 
 from wsgi_idempotency import SQLStore
+from wsgi_idempotency.errors import Disconnected
+from wsgi_idempotency.stores import pools, sql
 from wsgi_idempotency.stores.pools import StatementPool
 
 
@@ -87,11 +99,11 @@ def test_what_lies_on_the_shelf_of_a_pool_that_is_disposed_of_is_closed(pg_datab
     store = SQLStore(pg_database)
     pool = pool_of(store)
     early, late = pool.take(), pool.take()
-    drivers = [early.dbapi_connection, late.dbapi_connection]
+    drivers: list[Any] = [early.driver, late.driver]
     pool.give(early)
     store.close()
     pool.give(late)
-    assert [driver.closed for driver in drivers if driver is not None] == [True, True]
+    assert [driver.closed for driver in drivers] == [True, True]
 
 
 def test_what_was_invalidated_is_not_handed_on(pg_database: str) -> None:
@@ -101,8 +113,201 @@ def test_what_was_invalidated_is_not_handed_on(pg_database: str) -> None:
         broken.invalidate()
         pool.give(broken)
         whole = pool.take()
-        assert whole.dbapi_connection is not None
+        assert not whole.driver.closed
         pool.give(whole)
+
+
+def test_whoever_waits_for_a_connection_is_served_when_the_pool_is_disposed_of(
+    pg_database: str, postgres: Postgres
+) -> None:
+    """A restart of the server must not make those wait for their time-out, and be refused, who
+    wait when it is found out."""
+    with (
+        closing(SQLStore(pg_database, pool_size=1, timeout=20.0)) as store,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        pool = pool_of(store)
+        sleeping = threads.submit(
+            store._attempt, lambda run: run("SELECT pg_sleep(20)::text", {}), again=False
+        )
+        while not backends(postgres, pg_database, "AND wait_event = 'PgSleep'"):
+            pass
+        waiting = [threads.submit(store.lookup, b"a digest") for _ in range(3)]
+        while len(pool._waiting) < 3:
+            pass
+        began = time.monotonic()
+        (pid,) = backends(postgres, pg_database)
+        with postgres.connect() as connection:
+            connection.execute("SELECT pg_terminate_backend(%s)", (pid,))
+        assert [waiter.result() for waiter in waiting] == [None] * 3
+        assert time.monotonic() - began < 15
+        assert isinstance(sleeping.exception(), Disconnected)
+
+
+def test_connections_that_turn_out_to_be_dead_at_once_cost_the_pool_but_once(
+    pg_database: str, postgres: Postgres
+) -> None:
+    """A pool put in place by one thread, disposed of by the next, would be left to the collector
+    with what was taken from it in between."""
+    with closing(SQLStore(pg_database)) as store, ThreadPoolExecutor(5) as threads:
+        disposals: list[object] = []
+        event.listen(store.engine, "engine_disposed", disposals.append)
+        together = threading.Barrier(5)
+
+        def work() -> None:
+            def meet(run: Any) -> None:
+                together.wait(20)
+                run("SELECT 1", {})
+
+            with suppress(Disconnected):
+                store._attempt(meet, again=False)
+
+        for attempt in [threads.submit(work) for _ in range(5)]:
+            attempt.result()
+        pids = backends(postgres, pg_database)
+        assert len(pids) == 5
+        with postgres.connect() as connection:
+            for pid in pids:
+                connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        for attempt in [threads.submit(work) for _ in range(5)]:
+            attempt.result()
+        assert len(disposals) == 1
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # psycopg's, and right it is
+def test_a_store_that_nobody_closed_leaves_no_connection(
+    pg_database: str, postgres: Postgres
+) -> None:
+    """Neither when an application's tests make one for each application."""
+    for _ in range(3):
+        SQLStore(pg_database).check()
+    gc.collect()
+    assert gone(postgres, pg_database)
+
+
+def test_what_a_request_takes_while_the_store_is_closed_is_closed(pg_database: str) -> None:
+    store = SQLStore(pg_database)
+    engine = store.engine
+    store.close()
+    assert isinstance(engine.pool, StatementPool)
+    late = engine.pool.take()
+    driver = late.driver
+    late.give_back()
+    assert driver.closed
+
+
+def test_a_place_in_the_pool_outlives_a_server_that_refuses(
+    pg_database: str, postgres: Postgres
+) -> None:
+    with closing(one_connection(pg_database)) as store:
+        pool = pool_of(store)
+        dead = pool.take()
+        dead.invalidate()
+        pool.give(dead)
+        allow = f'ALTER DATABASE "{database_of(pg_database)}" ALLOW_CONNECTIONS '
+        postgres.execute(allow + "false")
+        with pytest.raises(psycopg.OperationalError):
+            pool.take()
+        postgres.execute(allow + "true")
+        pool.give(pool.take())
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt is, or GreenletExit."""
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["at rest", "while it waits for an answer"])
+def test_an_interrupt_at_any_line_neither_costs_a_connection_nor_hands_on_a_busy_one(
+    pg_database: str, busy: bool
+) -> None:
+    """Nor does a second, which comes while the first is being dealt with."""
+    with closing(SQLStore(pg_database, pool_size=1, timeout=2.0)) as store:
+        store.check()
+        line = 0
+        while interrupted(store, line, busy):
+            line += 1
+            # SQLAlchemy's own way finds what lies on the shelf, or a place that is free.
+            with store.engine.connect() as connection:
+                assert connection.exec_driver_sql("SELECT 2").scalar() == 2
+            assert store._attempt(lambda run: run("SELECT 3", {}).fetchone()) == (3,)
+        assert line > 5
+
+
+def interrupted(store: SQLStore, line: int, busy: bool) -> bool:
+    """Whether a statement that is interrupted at a line of ours, counted from its beginning, or
+    from where it was interrupted for the first time, had as many lines."""
+    left, waited = line, False
+
+    def trace(frame: FrameType, what: str, _: object) -> Any:
+        nonlocal left, waited
+        if busy and not waited:
+            if frame.f_code.co_name == "_wait":
+                waited = True
+                raise Interrupted
+            return None
+        # What is raised in __del__ comes to nothing; no interrupt comes between the body of a
+        # "with" and its end (of a lock, in "engine"), where tracing sees a line; and from where a
+        # connection goes "back" on, SQLAlchemy's own pool has to be interrupted.
+        names = {"__del__", "back", "engine"} & callers(frame)
+        if frame.f_code.co_filename not in OURS or names:
+            return None
+        if what == "line":
+            left -= 1
+            if left == -1:
+                raise Interrupted
+        return trace
+
+    def work(run: Any) -> Any:
+        try:
+            return run(sql._PostgreSQL.LOOKUP, {"digest": b"a digest"}).fetchone()
+        except Interrupted:
+            # Which has ended the tracing.
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and frame.f_code.co_filename in OURS:
+                frame.f_trace = trace
+                frame = frame.f_back
+            sys.settrace(trace)
+            raise
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        store._attempt(work)
+    except Interrupted:
+        pass
+    finally:
+        sys.settrace(before)
+    return left < 0
+
+
+def callers(frame: FrameType | None) -> set[str]:
+    """The names of a function, and of those that have called it."""
+    names = set()
+    while frame is not None:
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
+
+
+OURS = (pools.__file__, sql.__file__)
+
+
+def backends(postgres: Postgres, url: str, condition: str = "") -> list[int]:
+    with postgres.connect() as connection:
+        rows = connection.execute(
+            f"SELECT pid FROM pg_stat_activity WHERE datname = %s {condition}",
+            (database_of(url),),
+        )
+        return [pid for (pid,) in rows]
+
+
+def gone(postgres: Postgres, url: str) -> bool:
+    """Whether no backend is left; the server takes a moment to notice."""
+    deadline = time.monotonic() + 10
+    while backends(postgres, url):
+        if time.monotonic() > deadline:
+            return False
+    return True
 
 
 def pool_of(store: SQLStore) -> StatementPool:

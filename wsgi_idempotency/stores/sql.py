@@ -26,7 +26,7 @@ import sqlalchemy
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import Pool, StaticPool
 
 from wsgi_idempotency import forks
 from wsgi_idempotency.errors import (
@@ -42,7 +42,7 @@ from wsgi_idempotency.errors import (
     TransactionFailed,
 )
 from wsgi_idempotency.records import Claim, Claimed, Completion, Lapse, Record, State, Step
-from wsgi_idempotency.stores.pools import StatementPool
+from wsgi_idempotency.stores.pools import Lent, StatementPool
 from wsgi_idempotency.stores.tables import (
     SCHEMA_REVISION,
     VERSION_TABLE,
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from sqlalchemy.engine.interfaces import DBAPIConnection
-    from sqlalchemy.pool import PoolProxiedConnection
 
     from wsgi_idempotency.stores.base import Guard as GuardProtocol
     from wsgi_idempotency.stores.guards import Guard
@@ -840,9 +839,12 @@ class SQLStore:
         with self._lock:
             engines = self._engine, self._transactions
             self._engine = self._transactions = None
-        for engine in engines:
-            if engine is not None:
-                engine.dispose()
+            for engine in engines:
+                if engine is not None:
+                    engine.dispose()
+                    # A request that has the engine already may still take from its new pool,
+                    # which is to close that when it comes back.
+                    engine.pool.dispose()
 
     # ------------------------------------------------------------------ steps
 
@@ -872,7 +874,9 @@ class SQLStore:
         deadline = time.monotonic() + wait
         lost = False
         for _ in range(_LOOKS):
-            connection = self._connect(isolation_level, wait)
+            engine = self.transactions
+            pool = engine.pool
+            connection = self._connect(engine, isolation_level, wait)
             transaction = SQLTransaction(self, connection, claim)
             try:
                 entered = _entered(transaction, max(0.0, deadline - time.monotonic()))
@@ -884,14 +888,14 @@ class SQLStore:
                 if lost or _timed_out(exc.__cause__):
                     raise
                 lost = True
-                self.transactions.dispose()
+                self._replace(engine, pool)
             except TransactionFailed as exc:
                 raise StoreUnavailable(str(exc)) from exc
         raise StoreError(f"no stable answer to a claim after {_LOOKS} looks")
 
-    def _connect(self, isolation_level: str | None, wait: float) -> Connection:
+    def _connect(self, engine: Engine, isolation_level: str | None, wait: float) -> Connection:
         try:
-            connection = self.transactions.connect()
+            connection = engine.connect()
         except (SQLAlchemyError, self._driver_error) as exc:
             raise self._unreachable(exc) from exc
         driver = connection.connection.driver_connection
@@ -934,47 +938,59 @@ class SQLStore:
             raise AnswerLost(f"the connection to {self!r} was lost: {exc}") from exc
 
     def _once(self, work: Callable[[_Run], _T]) -> _T:
-        connection, driver, give_back = self._checkout()
+        engine = self.engine
+        pool = engine.pool
+        connection, driver, give_back = self._checkout(engine, pool)
+        # Unless it is known to be: a greenlet may be killed or a thread interrupted in the middle
+        # of a round trip, and then what the connection would answer next is not known.
+        sound = False
         try:
-            return work(self._sql.straight(driver))
+            answer = work(self._sql.straight(driver))
+            sound = True
+            return answer
         except self._driver_error as exc:
             # One that is still waiting for an answer would refuse all that comes after.
             if self._is_disconnect(exc, driver) or not self._sql.at_rest(driver):
                 connection.invalidate(exc)
-                # The others in the pool were opened to the same server.
-                self.engine.dispose()
+                self._replace(engine, pool)
                 if _timed_out(exc):
                     raise AnswerLost(f"{self!r} gave {_first_line(exc)}") from exc
                 raise _Disconnected(_first_line(exc)) from exc
+            sound = True
             raise self._translate(exc) from exc
         except StoreError:
+            sound = True
             raise
         except (OverflowError, UnicodeEncodeError) as exc:
+            sound = True
             raise NotStorable(f"{self!r} refused: {_first_line(exc)}") from exc
-        except BaseException:
-            # A greenlet killed or a thread interrupted in the middle of a round trip:
-            # what the connection would answer next is not known.
-            connection.invalidate()
-            raise
         finally:
+            if not sound:
+                connection.invalidate()
             give_back()
 
     def _checkout(
-        self,
-    ) -> tuple[Connection | PoolProxiedConnection, Any, Callable[[], None]]:
+        self, engine: Engine, pool: Pool
+    ) -> tuple[Connection | Lent, Any, Callable[[], None]]:
         """A connection, the driver's, and how to give it back."""
-        engine = self.engine
         try:
             if self._given is None:
-                pool = cast("StatementPool", engine.pool)
-                pooled = pool.take()
-                return pooled, pooled.dbapi_connection, partial(pool.give, pooled)
+                lent = cast("StatementPool", pool).take()
+                return lent, lent.driver, lent.give_back
             # SQLAlchemy switches the connection to autocommit, and back again when it is
             # returned: attributes of the drivers, not round trips.
             connection = engine.connect()
             return connection, connection.connection.driver_connection, connection.close
         except (SQLAlchemyError, self._driver_error) as exc:
             raise self._unreachable(exc) from exc
+
+    def _replace(self, engine: Engine, pool: Pool) -> None:
+        """Close the other connections of a pool of which one has turned out to be dead: they
+        were opened to the same server. Many find that out at once; the pool that the first of
+        them puts in its place is not to be disposed of for it."""
+        with self._lock:
+            if engine.pool is pool:
+                engine.dispose()
 
     def _unreachable(self, exc: Exception) -> StoreUnavailable:
         reason = exc.orig if isinstance(exc, DBAPIError) else exc
