@@ -332,7 +332,8 @@ def test_a_signal_ends_a_purge_that_its_database_keeps_waiting(
 def test_two_hosts_that_purge_count_each_row_once(database: str) -> None:
     upgrade(database)
     add_rows(database, 300)
-    how = ("--batch", "3", "--sleep", "0", "--json", "--interval", "1 s")
+    # So long that whoever starts first has not purged them all when the other has started.
+    how = ("--batch", "3", "--sleep", "0.05", "--json", "--interval", "1 s")
     with purging_forever(database, *how) as one, purging_forever(database, *how) as other:
         for process in (one, other):
             heard(process, "purged count=3")
