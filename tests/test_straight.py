@@ -22,6 +22,7 @@ from sqlalchemy.engine import URL, make_url
 from wsgi_idempotency.stores.psycopg3 import (
     BoundedConnection,
     TimedOut,
+    commit_and,
     execute,
     name_by_content,
 )
@@ -207,3 +208,24 @@ def test_a_signal_whose_handler_returns_does_not_end_the_wait(
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert called == [1]
+
+
+def test_a_transaction_that_has_failed_does_not_pass_for_committed(
+    connection: BoundedConnection,
+) -> None:
+    """PostgreSQL answers COMMIT with ROLLBACK then, which is no error to libpq."""
+    connection.autocommit = False
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        connection.execute("SELECT 1/0")
+    with pytest.raises(psycopg.errors.InFailedSqlTransaction):
+        commit_and(connection, "SELECT 1")
+
+
+def test_what_psycopg_deallocates_later_is_prepared_anew(connection: BoundedConnection) -> None:
+    """In a pipeline, a DROP has it forget all it has prepared, and tell the server afterwards."""
+    connection.execute("CREATE TEMP TABLE dropped (a int)")
+    connection.execute("SELECT 1", prepare=True)
+    execute(connection, "SELECT 2", {}, prepare=True)
+    with connection.pipeline():
+        connection.execute("DROP TABLE dropped")
+    assert execute(connection, "SELECT 2", {}, prepare=True).fetchone() == (2,)

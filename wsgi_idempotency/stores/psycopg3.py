@@ -281,6 +281,10 @@ def _execute(
 ) -> PGresult:
     server: PGconn = connection.pgconn
     if prepare:
+        if connection._prepared._to_flush:
+            # What psycopg has forgotten (see clear()) within a pipeline, it has deallocated after
+            # its next statement; the names would be taken until then.
+            connection.wait(connection._prepared.maintain_gen(connection))
         name = _prepared(connection, statement) or _prepare(connection, statement)
         if not isinstance(name, bytes):
             return name
@@ -304,8 +308,8 @@ def commit_and(connection: psycopg.Connection[Any], then: str) -> bool:
 
     :param then: statements without parameters, separated by semicolons.
     :returns: whether ``then`` went well; it is committed in either case.
-    :raises psycopg.Error: as ``commit()`` would raise it; nothing is committed, unless the
-        connection was lost.
+    :raises psycopg.Error: as ``commit()`` would raise it, or the transaction had failed;
+        nothing is committed, unless the connection was lost.
     """
     if connection._num_transactions:
         connection.commit()  # which says what is wrong with that
@@ -314,6 +318,9 @@ def commit_and(connection: psycopg.Connection[Any], then: str) -> bool:
     ((committed, *others),) = _answers(connection)
     if committed.status not in _GOOD:
         raise psycopg.errors.error_from_result(committed)
+    # PostgreSQL ends a transaction that has failed as it is told, and says but here how.
+    if committed.command_status != b"COMMIT":
+        raise psycopg.errors.InFailedSqlTransaction("the transaction had failed: nothing to commit")
     return all(other.status in _GOOD for other in others)
 
 
