@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 import re
 import zlib
@@ -341,8 +342,8 @@ def decoded(headers: Sequence[tuple[str, str]], body: bytes) -> str:
     """A body as a terminal may have it: decompressed, JSON laid out, and nothing in it that
     moves the cursor. What is no text is shown as bytes, and not to its end."""
     try:
-        body = decompressed(field(headers, "content-encoding"), body)
-        text = as_text(headers, body)
+        plain, cut = decompressed(field(headers, "content-encoding"), body)
+        text = as_text(headers, plain, cut)
     except (UnicodeError, LookupError, zlib.error):
         return hexadecimal(body)
     if "\0" in text:
@@ -350,20 +351,25 @@ def decoded(headers: Sequence[tuple[str, str]], body: bytes) -> str:
     if "json" in field(headers, "content-type"):
         with suppress(ValueError, RecursionError):  # then as it is
             text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-    return "\n".join(
-        printable(line.replace("\t", "    "), LARGEST_SHOWN) for line in text.splitlines()
-    )
+    lines = [printable(line.replace("\t", "    "), LARGEST_SHOWN) for line in text.splitlines()]
+    if cut:
+        lines.append(f"and more than these {LARGEST_SHOWN} bytes; --json has them, compressed")
+    return "\n".join(lines)
 
 
-def decompressed(encoding: str, body: bytes) -> bytes:
+def decompressed(encoding: str, body: bytes) -> tuple[bytes, bool]:
+    """A body without its encoding, and whether that is only its beginning."""
     if encoding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
-        return body
-    return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(body, LARGEST_SHOWN)
+        return body, False
+    decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+    return decompressor.decompress(body, LARGEST_SHOWN), bool(decompressor.unconsumed_tail)
 
 
-def as_text(headers: Sequence[tuple[str, str]], body: bytes) -> str:
+def as_text(headers: Sequence[tuple[str, str]], body: bytes, cut: bool) -> str:
+    """:param cut: the body may end within a character."""
     _, options = parse_options_header(field(headers, "content-type"))
-    return body.decode(options.get("charset", "utf-8"))
+    decoder = codecs.getincrementaldecoder(options.get("charset", "utf-8"))()
+    return decoder.decode(body, final=not cut)
 
 
 def hexadecimal(body: bytes) -> str:
