@@ -388,10 +388,17 @@ def _results(server: PGconn, deadline: float) -> list[PGresult]:
             return results  # nothing ends it
 
 
+#: Seconds after which the connection is read although its socket has nothing. What libpq before
+#: 18 leaves in OpenSSL's buffer, of a record larger than it has room for, poll() doesn't know of;
+#: behind a proxy that ends TLS it may be the end of an answer, after which nothing comes.
+_LOOK_AGAIN = 0.1
+
+
 def _wait(server: PGconn, events: int, deadline: float) -> int:
-    """Which of the events there are on the connection's socket."""
-    happened = _poll(server.socket, events, max(0.0, deadline - time.monotonic()))
-    if not happened:
+    """Which of the events there are on the connection's socket; 0 when it is time to look."""
+    left = deadline - time.monotonic()
+    happened = _poll(server.socket, events, min(max(0.0, left), _LOOK_AGAIN))
+    if not happened and left <= 0:
         raise TimedOut
     return happened
 
@@ -406,11 +413,11 @@ def _poll(socket: int, events: int, seconds: float) -> int:
         poll = select.poll()
         poll.register(socket, events)
         # Rounded up: a wait for less than a millisecond is none.
-        happened = poll.poll(None if seconds == math.inf else math.ceil(seconds * 1000))
+        happened = poll.poll(math.ceil(seconds * 1000))
         # An error, or a connection that was closed, is found by reading.
         return happened[0][1] & (_IN | _OUT) or _IN if happened else 0
     wanted = [socket] if events & _OUT else []
-    read, write, _ = select.select([socket], wanted, [], None if seconds == math.inf else seconds)
+    read, write, _ = select.select([socket], wanted, [], seconds)
     return (_IN if read else 0) | (_OUT if write else 0)
 
 
