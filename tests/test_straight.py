@@ -229,3 +229,16 @@ def test_what_psycopg_deallocates_later_is_prepared_anew(connection: BoundedConn
     with connection.pipeline():
         connection.execute("DROP TABLE dropped")
     assert execute(connection, "SELECT 2", {}, prepare=True).fetchone() == (2,)
+
+
+def test_notices_without_end_do_not_keep_a_statement_from_timing_out(
+    connection: BoundedConnection,
+) -> None:
+    connection.execute(
+        "CREATE FUNCTION pg_temp.tell() RETURNS text LANGUAGE plpgsql AS $$ BEGIN"
+        " WHILE clock_timestamp() < now() + interval '5 s' LOOP"
+        " RAISE NOTICE 'x'; END LOOP; RETURN ''; END $$"
+    )
+    connection.seconds = 0.2
+    with pytest.raises(TimedOut):
+        run(connection, "SELECT pg_temp.tell()")

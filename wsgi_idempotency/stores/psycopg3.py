@@ -369,11 +369,15 @@ def _answers(connection: psycopg.Connection[Any], commands: int = 1) -> list[lis
 def _results(server: PGconn, deadline: float) -> list[PGresult]:
     """The results of one command."""
     results: list[PGresult] = []
+    late = 0
     while True:
         try:
             while server.is_busy():
                 _wait(server, _IN, deadline)
                 server.consume_input()
+                late += time.monotonic() > deadline
+                if late > _LATE:
+                    raise TimedOut
         except psycopg.OperationalError as exc:
             # A server that says why it hangs up is worth hearing.
             fatal = any(result.status == ExecStatus.FATAL_ERROR for result in results)
@@ -388,9 +392,13 @@ def _results(server: PGconn, deadline: float) -> list[PGresult]:
             return results  # nothing ends it
 
 
-#: Seconds after which the connection is read although its socket has nothing. What libpq before
-#: 18 leaves in OpenSSL's buffer, of a record larger than it has room for, poll() doesn't know of;
-#: behind a proxy that ends TLS it may be the end of an answer, after which nothing comes.
+#: How often a connection is read after time was up. What had come by then, to a process that was
+#: stopped for one, is read; a server that tells of notices without end is not listened to.
+_LATE = 1000
+
+#: Seconds after which the connection is read although its socket has nothing. What libpq (15
+#: and 18.0; not 18.6) leaves in OpenSSL's buffer, of a record larger than it has room for, poll()
+#: doesn't know of; behind a proxy that ends TLS it may be the end of an answer.
 _LOOK_AGAIN = 0.1
 
 
