@@ -331,17 +331,25 @@ def test_a_signal_ends_a_purge_that_its_database_keeps_waiting(
 
 def test_two_hosts_that_purge_count_each_row_once(database: str) -> None:
     upgrade(database)
-    add_rows(database, 300)
-    # So long that whoever starts first has not purged them all when the other has started.
-    how = ("--batch", "3", "--sleep", "0.05", "--json", "--interval", "1 s")
-    with purging_forever(database, *how) as one, purging_forever(database, *how) as other:
-        for process in (one, other):
-            heard(process, "purged count=3")
-        while count_rows(database):
-            assert (one.poll(), other.poll()) == (None, None)
-        counts = [json.loads(stop_it(process)[1])["deleted"] for process in (one, other)]
-    assert sum(counts) == 300
-    assert min(counts) > 0, "they have purged side by side"
+    how = ("--batch", "10", "--sleep", "0", "--json", "--interval", "1 s")
+    added = 0
+    deadline = time.monotonic() + 60
+    with (
+        ThreadPoolExecutor(2) as pool,
+        purging_forever(database, *how) as one,
+        purging_forever(database, *how) as other,
+    ):
+        hosts = (one, other)
+        purged = [pool.submit(heard, host, "purged count=") for host in hosts]
+        while count_rows(database) or not all(host.done() for host in purged):
+            assert time.monotonic() < deadline, "they do not purge side by side"
+            if not all(host.done() for host in purged):
+                add_rows(database, 50)
+                added += 50
+            time.sleep(0.05)
+        counts = [json.loads(stop_it(host)[1])["deleted"] for host in hosts]
+    assert sum(counts) == added
+    assert min(counts) > 0
 
 
 def test_a_signal_that_comes_while_a_purge_goes_to_sleep_ends_it() -> None:
