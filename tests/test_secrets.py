@@ -103,3 +103,16 @@ def test_nothing_secret_is_in_postgresql_s_table_or_the_log(pg_database: str, ca
         for form in (text.decode(), text.hex()):
             assert form not in repr(rows)
             assert form not in logged
+
+
+def test_nothing_secret_is_logged_of_a_request_whose_store_is_away(tmp_path: Path, caplog) -> None:
+    caplog.set_level(logging.DEBUG)
+    store = SQLStore(f"sqlite:///{tmp_path}/no/such/folder/keys.db")
+    middleware = IdempotencyMiddleware(application, store, scope=by_authorization)
+    client = Client(middleware, use_cookies=False)
+    refused = client.post("/pay", query_string={"token": PASSWORD}, data=CARD, headers=HEADERS)
+    store.close()
+    assert refused.status_code == 503
+    assert "no claim could be made for POST /pay" in caplog.text
+    for text in SECRETS:
+        assert text.decode() not in caplog.text

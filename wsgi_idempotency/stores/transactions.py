@@ -69,8 +69,8 @@ _READS = re.compile(
     re.IGNORECASE,
 )
 
-#: Where SQLAlchemy's sessions execute their statements, whatever they are asked to do.
-_SESSIONS = Session.flush.__code__.co_filename
+#: The module where SQLAlchemy's sessions execute their statements, whatever they are asked to do.
+_SESSIONS = sys.modules[Session.__module__].__dict__
 
 #: undefined_table, insufficient_privilege (PostgreSQL documentation, Appendix A).
 _HIDDEN = ("42P01", "42501")
@@ -434,7 +434,7 @@ def _by_a_session() -> bool:
     """Whether what is executed now, a session executes: its flush, its query, its savepoint. A
     statement on the connection that a session has joined looks the same but for its caller."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != _SESSIONS:
+    while frame is not None and frame.f_globals is not _SESSIONS:
         frame = frame.f_back
     return frame is not None
 
