@@ -102,7 +102,8 @@ def poster(middleware: IdempotencyMiddleware) -> Callable[[str], None]:
         try:
             list(answer)
         finally:
-            sys.settrace(None)
+            if isinstance(sys.gettrace(), Interrupting):
+                sys.settrace(None)
             getattr(answer, "close", lambda: None)()
 
     return post

@@ -19,6 +19,7 @@ import pytest
 from servers.proxy import ThreadingProxy
 from sqlalchemy.engine import URL, make_url
 
+from wsgi_idempotency.stores import psycopg3
 from wsgi_idempotency.stores.psycopg3 import (
     BoundedConnection,
     TimedOut,
@@ -231,9 +232,11 @@ def test_what_psycopg_deallocates_later_is_prepared_anew(connection: BoundedConn
     assert execute(connection, "SELECT 2", {}, prepare=True).fetchone() == (2,)
 
 
+@pytest.mark.parametrize("late", [psycopg3._LATE, 0], ids=["as it is", "none read late"])
 def test_notices_without_end_do_not_keep_a_statement_from_timing_out(
-    connection: BoundedConnection,
+    connection: BoundedConnection, monkeypatch: pytest.MonkeyPatch, late: int
 ) -> None:
+    monkeypatch.setattr(psycopg3, "_LATE", late)
     connection.execute(
         "CREATE FUNCTION pg_temp.tell() RETURNS text LANGUAGE plpgsql AS $$ BEGIN"
         " WHILE clock_timestamp() < now() + interval '5 s' LOOP"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import json
 import logging
@@ -37,7 +38,9 @@ from wsgi_idempotency import (
     current_operation,
     everyone,
     hold_unknown,
+    records,
     store_everything,
+    testing,
 )
 from wsgi_idempotency.errors import ConfigurationError, NoTransaction, TransactionFailed
 from wsgi_idempotency.records import Claim, Completion
@@ -1103,6 +1106,22 @@ def test_without_prepared_statements_none_is_left(pg_shop: OpenShop) -> None:
     assert pg_shop(counting, store_options={"prepare": False}).post().data == b"0"
 
 
+def test_a_transaction_that_nobody_ends_ends_when_it_is_collected(database: str) -> None:
+    """A thread may be interrupted between any two lines, and would leave the key locked."""
+    store = SQLStore(database, timeout=1.0)
+    claim = testing.make_claim()
+    transaction = store.begin(claim)
+    assert transaction is not None
+    assert transaction.claimed is not None
+    del transaction
+    gc.collect()
+    again = store.begin(claim)
+    assert again is not None
+    assert again.claimed == records.Claimed(attempt=1)
+    again.rollback()
+    store.close()
+
+
 def test_a_handler_that_forks_leaves_the_transaction_to_its_parent(pg_shop: OpenShop) -> None:
     def forking(environ: Any, start_response: Any) -> Any:
         charge(1)
@@ -1114,10 +1133,13 @@ def test_a_handler_that_forks_leaves_the_transaction_to_its_parent(pg_shop: Open
 
     shop = pg_shop(forking)
     parent = os.getpid()
+    answer: Any = None
     try:
         answer = shop.post()
     finally:
         if os.getpid() != parent:
+            del answer  # and with it all that the child has of the request
+            gc.collect()
             os._exit(0)
     assert answer.data == b"parent"
     assert (shop.amounts(), len(shop.rows())) == ([1], 1)

@@ -290,16 +290,16 @@ def timeline(
 ) -> str:
     """What happened, in order. Of attempts before the last the table has only the number."""
     decided = list(decided)
-    lines = [(one.resolved_at, told(one)) for one in decided]
+    # In the order in which they can happen, which tells where SQLite has one millisecond for two.
+    lines = [] if row is None else [(at, f"{moment(at)} {what}") for at, what in events(row)]
     lines += [
         (step.created_at, f"{moment(step.created_at)} attempt {step.attempt} did step {step.name}")
         for step in steps
     ]
-    if row is not None:
-        lines += [(at, f"{moment(at)} {what}") for at, what in events(row)]
-        if row.completed_at is not None and not by_decision(row.completed_at, decided):
-            at = row.completed_at
-            lines.append((at, f"{moment(at)} completed with {row.status}"))
+    lines += [(one.resolved_at, told(one)) for one in decided]
+    at = None if row is None else row.completed_at
+    if row is not None and at is not None and not by_decision(at, decided):
+        lines.append((at, f"{moment(at)} completed with {row.status}"))
     lines.sort(key=lambda line: line[0])
     return "\n".join(printable(text) for _, text in lines)
 

@@ -84,6 +84,10 @@ _OF_THE_SERVER = ("08", "53", "55", "57", "58", "XX")
 _LOOK_EVERY = 0.05
 
 
+#: What a forked child is not to let go of.
+_of_parents: list[Connection] = []
+
+
 class ConnectionLost(StoreUnavailable):
     """Raised when the transaction's connection turned out to be dead; so is the transaction."""
 
@@ -128,7 +132,11 @@ class SQLTransaction:
     def __del__(self) -> None:
         """A thread interrupted between any two lines leaves a transaction that nobody ends, with
         the key's lock, or all of SQLite's."""
-        if self._pid == os.getpid() and not self._connection.closed:
+        if self._pid not in (0, os.getpid()):
+            # SQLAlchemy's proxy would say ROLLBACK on the connection of the parent's, when it is
+            # collected in a child that has forked within a handler.
+            _of_parents.append(self._connection)
+        elif self._pid and not self._connection.closed:
             self._connection.invalidate()
             self._connection.close()
 
