@@ -2437,3 +2437,19 @@ def test_the_body_of_a_request_without_a_key_is_left_to_the_application():
     middleware(environ, lambda *args: None)
     assert seen == [before]
     assert environ == before
+
+
+def test_a_handler_that_fails_when_half_of_its_answer_is_out_does_not_run_again():
+    """By write() the answer goes out while the handler still runs; it is recorded before that."""
+    ran = []
+
+    def failing(environ, start_response):
+        ran.append(1)
+        start_response("201 Created", [])(b"x" * 20)
+        raise RuntimeError("after its first byte")
+
+    _, client = wrap(failing, lint=False, policy=Policy(max_response_bytes=10))
+    with pytest.raises(RuntimeError, match="after its first byte"):
+        post(client)
+    assert post(client).get_json()["code"] == "RESPONSE_NOT_REPLAYABLE"
+    assert ran == [1]

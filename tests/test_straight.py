@@ -69,8 +69,9 @@ class Interjecting(ThreadingProxy):
                     seen += len(data) if sock is client else 0
                 if seen > 2**20 and not spoken:
                     spoken = True
+                    time.sleep(0.5)  # until the client has nowhere left to put its bytes
                     client.sendall(NOTICE)
-                    time.sleep(0.3)
+                    time.sleep(0.5)
 
 
 _FIELDS = b"SNOTICE\0VNOTICE\0C00000\0Mnot so fast\0\0"
