@@ -373,11 +373,9 @@ def _results(server: PGconn, deadline: float) -> list[PGresult]:
     while True:
         try:
             while server.is_busy():
-                _wait(server, _IN, deadline)
+                _wait(server, _IN, deadline, late > _LATE)
                 server.consume_input()
                 late += time.monotonic() > deadline
-                if late > _LATE:
-                    raise TimedOut
         except psycopg.OperationalError as exc:
             # A server that says why it hangs up is worth hearing.
             fatal = any(result.status == ExecStatus.FATAL_ERROR for result in results)
@@ -402,11 +400,11 @@ _LATE = 1000
 _LOOK_AGAIN = 0.1
 
 
-def _wait(server: PGconn, events: int, deadline: float) -> int:
+def _wait(server: PGconn, events: int, deadline: float, heard_enough: bool = False) -> int:
     """Which of the events there are on the connection's socket; 0 when it is time to look."""
     left = deadline - time.monotonic()
     happened = _poll(server.socket, events, min(max(0.0, left), _LOOK_AGAIN))
-    if not happened and left <= 0:
+    if heard_enough or (not happened and left <= 0):
         raise TimedOut
     return happened
 
