@@ -666,15 +666,19 @@ def test_a_savepoint_is_not_yet_a_commit(open_shop: OpenShop) -> None:
     assert shop.orders() == ["a book"]
 
 
+def lose_the_claim_between_two_commits(shop: Shop, operation: Operation, session: Session) -> None:
+    buy(operation, session)
+    hold(shop)
+    session.add(Order(what="another"))
+    with pytest.raises(ClaimLost):
+        session.commit()
+
+
 def test_every_commit_of_a_request_is_fenced(open_shop: OpenShop) -> None:
     shop = open_shop()
 
     def handler(operation: Operation, session: Session) -> None:
-        buy(operation, session)
-        hold(shop)
-        session.add(Order(what="another"))
-        with pytest.raises(ClaimLost):
-            session.commit()
+        lose_the_claim_between_two_commits(shop, operation, session)
 
     shop.post(handler)
     assert shop.orders() == ["a book"]
@@ -863,11 +867,7 @@ def test_a_connection_whose_transaction_is_always_open_is_fenced_and_marked(
 
     def handler(operation: Operation, _: Session) -> None:
         with Session(engine) as session:
-            buy(operation, session)
-            hold(shop)
-            session.add(Order(what="another"))
-            with pytest.raises(ClaimLost):
-                session.commit()
+            lose_the_claim_between_two_commits(shop, operation, session)
 
     shop.post(handler)
     assert shop.orders() == ["a book"]
