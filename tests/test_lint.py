@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -453,3 +454,29 @@ def test_the_environment_may_name_the_application(
     monkeypatch.delenv("WSGI_IDEMPOTENCY_SCOPE")
     result = run()
     assert (result.exit_code, "WSGI_IDEMPOTENCY_SCOPE is not set" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["lint", "contract"])
+def test_an_application_of_the_environments_is_made_once(tmp_path: Path, command: str) -> None:
+    """It may take its time, or register what is there once."""
+    (tmp_path / "slow_shop.py").write_text(
+        "import sys\n"
+        "from flask import Flask\n"
+        "def make():\n"
+        "    print('made', file=sys.stderr)\n"
+        "    return Flask('shop')\n"
+    )
+    done = subprocess.run(
+        [COMMAND, command],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "WSGI_IDEMPOTENCY_APP": "slow_shop:make()",
+            "WSGI_IDEMPOTENCY_DATABASE": "memory:",
+            "WSGI_IDEMPOTENCY_SCOPE": "everyone",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "made\n")

@@ -35,9 +35,11 @@ def application_of(ctx: click.Context, param: click.Parameter, value: str | None
         # What the application prints meanwhile has no place in JSON.
         with contextlib.redirect_stdout(sys.stderr):
             if value is None:
-                from wsgi_idempotency.auto import from_environment
+                # The first import makes it, for a server.
+                made = "wsgi_idempotency.auto" not in sys.modules
+                from wsgi_idempotency import auto
 
-                return from_environment()
+                return auto.application if made else auto.from_environment()
             app = load("it", value)
     except ConfigurationError as exc:
         raise click.BadParameter(str(exc), ctx, param) from exc
