@@ -21,7 +21,7 @@ import psycopg
 import pytest
 from apps.charges import Charge, OpenShop, Shop, charge, charging, opener, session
 from servers.commit_proxy import CommitProxy
-from servers.postgres import PostgresServer
+from servers.postgres import Postgres, PostgresServer, database_of
 from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
@@ -934,6 +934,21 @@ def test_a_database_that_is_away_refuses_the_request(pg_shop: OpenShop) -> None:
     refused = shop.post("two")
     assert (refused.status_code, code(refused)) == (503, "STORE_UNAVAILABLE")
     assert shop.amounts() == [1]
+
+
+def test_a_database_that_takes_no_connection_refuses_the_request(
+    pg_shop: OpenShop, postgres: Postgres
+) -> None:
+    shop = pg_shop(charging)
+    assert shop.post("one").status_code == 201
+    name = database_of(shop.url)
+    postgres.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    terminate(shop)
+    refused = shop.post("two", query_string={"amount": "2"})
+    assert (refused.status_code, code(refused)) == (503, "STORE_UNAVAILABLE")
+    postgres.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    assert shop.post("two", query_string={"amount": "2"}).status_code == 201
+    assert shop.amounts() == [1, 2]
 
 
 @pytest.mark.parametrize("converted", [False, True], ids=["raised", "made into a 500"])
