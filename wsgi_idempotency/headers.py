@@ -59,16 +59,15 @@ def replayable(headers: Iterable[tuple[str, str]], allowed: Collection[str] = ()
         if name.lower() == "connection"
         for option in value.split(",")
     }
-
-    def is_kept(name: str) -> bool:
-        name = name.lower()
-        if never_replayable(name) or name in named_by_connection:
-            return False
-        if name in allowed:
-            return True
-        return name not in OF_THE_REQUEST and not name.startswith(OF_THE_REQUEST_BY_PREFIX)
-
-    return tuple((name, value) for name, value in headers if is_kept(name))
+    kept = []
+    for name, value in headers:
+        lower = name.lower()
+        if never_replayable(lower) or lower in named_by_connection:
+            continue
+        of_the_request = lower in OF_THE_REQUEST or lower.startswith(OF_THE_REQUEST_BY_PREFIX)
+        if not of_the_request or lower in allowed:
+            kept.append((name, value))
+    return tuple(kept)
 
 
 # RFC 9112 section 4: status-line = HTTP-version SP status-code SP [ reason-phrase ], with
@@ -83,15 +82,13 @@ _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 def sendable(pair: object) -> bool:
     """Whether a server can send this as a header field."""
-    if not (isinstance(pair, tuple) and len(pair) == 2):
+    if not isinstance(pair, tuple):
         return False
-    name, value = pair
-    return bool(
-        isinstance(name, str)
-        and isinstance(value, str)
-        and _NAME.fullmatch(name)
-        and _VALUE.fullmatch(value)
-    )
+    try:
+        name, value = pair
+        return _NAME.fullmatch(name) is not None and _VALUE.fullmatch(value) is not None
+    except (TypeError, ValueError):  # not two, or not texts
+        return False
 
 
 def unsendable(status: str, headers: Iterable[tuple[str, str]]) -> str | None:

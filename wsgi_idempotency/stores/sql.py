@@ -1314,10 +1314,13 @@ def completion_params(digest: bytes, token: bytes, completion: Completion) -> di
     }
 
 
+_as_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def response_params(completion: Completion) -> dict[str, Any]:
     return {
         "status": _storable(completion.status),
-        "headers": json.dumps(completion.headers, separators=(",", ":")),
+        "headers": _as_json(completion.headers),
         "body": completion.body,
     }
 
