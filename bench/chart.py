@@ -6,7 +6,7 @@ from html import escape
 
 from bench.measure import Figure
 
-_ROW, _LABEL, _BAR, _RIGHT = 22, 480, 420, 60  # pixels
+_ROW, _LABEL, _BAR, _RIGHT = 22, 550, 420, 60  # pixels
 
 
 def chart(figures: list[Figure]) -> str:

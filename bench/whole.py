@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,8 @@ REPLAYED = 16  # keys that replays are of
 #: would go on to read from end to end.
 ROWS = 10_000
 HERE = Path(__file__).parent
+PROCESSES = Path("/proc")
+COUNTED = (PROCESSES / "thread-self/children").exists()
 ASYNCHRONOUS, IN_MEMORY = "wrapped, asynchronous claim", "wrapped, with records in memory"
 #: Of which kind of request a variant has anything to say that another doesn't say.
 ONLY = {ASYNCHRONOUS: ("fresh",), IN_MEMORY: ("replay",)}
@@ -164,8 +168,9 @@ class _Bench:
                 for name, environment in variants.items()
             }
             for kind in kinds:
+                spent: dict[str, list[_Spent]] = {name: [] for name in served}
                 chosen = {
-                    name: partial(self._load, gunicorn, kind)
+                    name: partial(self._load, gunicorn, kind, spent[name])
                     for name, gunicorn in served.items()
                     if kind in ONLY.get(name, (kind,))
                 }
@@ -177,6 +182,8 @@ class _Bench:
                     unit="requests/s",
                     floors=floors.get(kind),
                 )
+                if case.startswith("PostgreSQL") and COUNTED:
+                    figures += _cpu_figures(f"{case}, {kind}", spent)
         return figures
 
     @contextmanager
@@ -213,8 +220,9 @@ class _Bench:
         if response.status != 201:
             raise RuntimeError(f"{response}\n{gunicorn.log_text()}")
 
-    def _load(self, gunicorn: Gunicorn, kind: str) -> float:
+    def _load(self, gunicorn: Gunicorn, kind: str, spent: list[_Spent]) -> float:
         prefix = "replayed" if kind == "replay" else secrets.token_hex(8)
+        before = _cpu_seconds(gunicorn.pid), _cpu_seconds(self._server.pid)
         done = subprocess.run(
             [self._wrk, "-t1", f"-c{CONNECTIONS}", f"-d{max(1, round(self._seconds))}s",
              "-s", str(self._script), f"{gunicorn.url}/payments"],
@@ -224,12 +232,56 @@ class _Bench:
         found = re.search(r"Requests/sec:\s*([0-9.]+)", done.stdout)
         if found is None or "Non-2xx" in done.stdout:
             raise RuntimeError(f"{done.stdout}{done.stderr}{gunicorn.log_text()[-2000:]}")
+        after = _cpu_seconds(gunicorn.pid), _cpu_seconds(self._server.pid)
+        count = int(re.findall(r"([0-9]+) requests in", done.stdout)[0])
+        workers, server = ((b - a) / count * 1e6 for a, b in zip(before, after, strict=True))
+        spent.append(_Spent(workers, server))
         return float(found[1])
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """What a request took, in microseconds of CPU.
+
+    :param workers: of gunicorn's processes.
+    :param server: of PostgreSQL's.
+    """
+
+    workers: float
+    server: float
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What a process and its children have used so far (Linux, proc_pid_stat(5)); 0 where that
+    can't be told."""
+    if not COUNTED:
+        return 0.0
+    ticks = 0
+    for one in (pid, *map(int, (PROCESSES / f"{pid}/task/{pid}/children").read_text().split())):
+        with suppress(OSError):  # it has ended
+            fields = (PROCESSES / f"{one}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_figures(case: str, spent: Mapping[str, list[_Spent]]) -> list[Figure]:
+    made = []
+    for variant, values in spent.items():
+        if values:
+            for whose in ("workers", "server"):
+                made.append(
+                    Figure(
+                        section="c", case=f"{case}, CPU of the {whose}", variant=variant,
+                        unit="us a request", values=[getattr(one, whose) for one in values],
+                    )
+                )  # fmt: skip
+    return made
 
 
 def _against_references(figures: list[Figure]) -> list[Figure]:
     """The product's ratio to each reference of the same rounds."""
     made = []
+    figures = [figure for figure in figures if figure.ratios]
     for ours in figures:
         for theirs in figures:
             if ours.variant != "wrapped" or theirs.case != ours.case:
