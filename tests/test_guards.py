@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
@@ -1072,6 +1074,19 @@ class SlowCommit:
         self._before = before
         self.reached, self.goes_on = threading.Event(), threading.Event()
 
+    @contextmanager
+    def under(self, send: Callable[[Handler], object]) -> Iterator[SlowCommit]:
+        """While it is sent. Whatever becomes of the test, its COMMIT comes then: the next test
+        would wait for its locks."""
+        with ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(send, self)
+            try:
+                assert self.reached.wait(30)
+                yield self
+            finally:
+                self.goes_on.set()
+            sent.result()
+
     def __call__(self, operation: Operation, session: Session) -> int:
         self._before()
         operation.guard(session)
@@ -1088,46 +1103,33 @@ class SlowCommit:
 def test_who_takes_over_during_a_commit_waits_for_it_and_finds_it_done(on_pg: OpenShop) -> None:
     """Its lease has run out, and its row is locked: the take-over looks at the row again."""
     shop = on_pg()
-    commit = SlowCommit(shop.lapse)
-    worker = threading.Thread(target=shop.crash, args=(commit,))
-    worker.start()
-    assert commit.reached.wait(30)
-    digest = bytes(shop.row()["key_digest"])
-    seen = shop.store.lookup(digest)
-    assert seen is not None
-    told: list[Any] = []
-    retry = threading.Thread(
-        target=lambda: told.append(shop.store.take_over(make_claim(digest=digest), seen))
-    )
-    retry.start()
-    while not query(shop.url, "SELECT 1 FROM pg_locks WHERE NOT granted"):
-        assert retry.is_alive()
-    commit.goes_on.set()
-    worker.join()
-    retry.join()
-    assert told == [None]
+    with ThreadPoolExecutor(1) as pool, SlowCommit(shop.lapse).under(shop.crash) as commit:
+        digest = bytes(shop.row()["key_digest"])
+        seen = shop.store.lookup(digest)
+        assert seen is not None
+        retry = pool.submit(shop.store.take_over, make_claim(digest=digest), seen)
+        while not query(shop.url, "SELECT 1 FROM pg_locks WHERE NOT granted"):
+            assert not retry.done()
+        commit.goes_on.set()
+        assert retry.result() is None
     assert code(shop.post()) == "RESPONSE_NOT_REPLAYABLE"
     assert shop.orders() == ["a book"]
 
 
 def test_leases_are_renewed_while_a_transaction_has_a_row_locked(on_pg: OpenShop) -> None:
     """The others', at once; the one whose row is locked counts as held."""
-    shop, commit = on_pg(), SlowCommit()
+    shop = on_pg()
     other = make_claim("another key")
     shop.store.claim(other)
-    worker = threading.Thread(target=shop.post, args=(commit,))
-    worker.start()
-    assert commit.reached.wait(30)
-    query(shop.url, "UPDATE idempotency_keys SET lease_until = now() WHERE path = '/charges'")
-    [row] = query(shop.url, "SELECT * FROM idempotency_keys WHERE path = '/orders'")
-    mine = bytes(row["key_digest"]), bytes(row["claim_token"]), 60.0
-    renewed = shop.store.renew([mine, (other.digest, other.token, 60.0)])
-    assert renewed == {mine[1], other.token}
-    found = shop.store.lookup(other.digest)
-    assert found is not None
-    assert not found.lapsed
-    commit.goes_on.set()
-    worker.join()
+    with SlowCommit().under(shop.post):
+        query(shop.url, "UPDATE idempotency_keys SET lease_until = now() WHERE path = '/charges'")
+        [row] = query(shop.url, "SELECT * FROM idempotency_keys WHERE path = '/orders'")
+        mine = bytes(row["key_digest"]), bytes(row["claim_token"]), 60.0
+        renewed = shop.store.renew([mine, (other.digest, other.token, 60.0)])
+        assert renewed == {mine[1], other.token}
+        found = shop.store.lookup(other.digest)
+        assert found is not None
+        assert not found.lapsed
     assert shop.orders() == ["a book"]
 
 
