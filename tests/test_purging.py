@@ -42,6 +42,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 HOUR = 3600.0
 
+#: Seconds for what a command says at once.
+PATIENCE = 30.0
+
 
 @pytest.fixture
 def store(database: str) -> Iterator[SQLStore]:
@@ -123,6 +126,21 @@ def test_a_batch_keeps_nobody_waiting_but_for_its_own_keys(
                 while not postgres.execute(waiting):
                     assert not late.done()
             assert late.result() == (201, False)
+
+
+def test_a_batch_waits_for_nobody(postgres: Postgres, pg_database: str) -> None:
+    """What somebody has locked, who takes it over or purges too, is left for another batch."""
+    add_rows(pg_database, 3, expired=HOUR)
+    with (
+        closing(SQLStore(pg_database)) as store,
+        postgres.connect(database_of(pg_database)) as other,
+    ):
+        with other.transaction():
+            other.execute(
+                "SELECT FROM idempotency_keys ORDER BY expires_at LIMIT 1 FOR NO KEY UPDATE"
+            )
+            assert store.purge(2) == 2
+        assert store.purge(2) == 1
 
 
 class Clock(threading.Event):
@@ -215,15 +233,19 @@ def away(server: PostgresServer) -> Iterator[None]:
 
 
 def heard(process: subprocess.Popen[str], says: str) -> None:
-    """Wait for a line of its log."""
+    """Wait for a line of its log, and not for ever."""
     assert process.stderr is not None
+    silent = threading.Timer(PATIENCE, process.kill)
+    silent.start()
     line = process.stderr.readline()
+    silent.cancel()
     assert says in line, line + process.stderr.read()
 
 
 def stop_it(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Its pause may be an hour, or 30 days."""
     process.send_signal(signal.SIGTERM)
-    said, complained = process.communicate()
+    said, complained = process.communicate(timeout=PATIENCE)
     return process.returncode, said, complained
 
 
