@@ -42,6 +42,14 @@ def test_methods_and_replayed_headers_are_taken_in_any_case():
         pytest.param({"methods": ()}, "at least one", id="no methods"),
         pytest.param({"methods": [1]}, "use names", id="a method that is a number"),
         pytest.param(
+            {"methods": ["POST;", "PUT"]}, "can't be a name", id="a method that no request can have"
+        ),
+        pytest.param(
+            {"replay_headers": ["Set-Cookie:"]}, "can't be a name", id="a header with its colon"
+        ),
+        pytest.param({"required": "no"}, "True or False", id="a requirement that is a text"),
+        pytest.param({"transaction": "no"}, "True or False", id="a transaction that is a text"),
+        pytest.param(
             {"replay_headers": ["Connection"]},
             "can't be replayed",
             id="replaying a hop-by-hop header",
@@ -136,6 +144,12 @@ def test_a_route_without_a_leading_slash_is_refused():
 def test_a_route_with_something_else_for_a_policy_is_refused():
     with pytest.raises(ConfigurationError, match="use a Policy, or None to exempt it"):
         Route("/pay", "strict")
+
+
+def test_a_route_for_a_method_that_no_request_can_have_is_refused():
+    """It would exempt nothing."""
+    with pytest.raises(ConfigurationError, match="can't be a name"):
+        Route("/pay", None, methods=["POST;"])
 
 
 def test_a_route_whose_methods_its_policy_does_not_protect_is_refused():

@@ -186,6 +186,8 @@ def test_names_may_have_a_prefix_and_upper_case() -> None:
         ("outcomes", ":fn", "use module:name, such as shop:app"),
         ("routes", "shop", "use module:name, such as shop:app"),
         ("lease", "0.5 s", "lease is 0.5 s; use at least 1 s"),
+        ("methods", "POST; PUT", "methods has 'POST;', which can't be a name"),
+        ("on_event", ",", "on_event is ',', which names nothing"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_what_would(

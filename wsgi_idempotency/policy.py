@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 from wsgi_idempotency.errors import ConfigurationError
 from wsgi_idempotency.fingerprint import Fingerprint, exact
 from wsgi_idempotency.headers import never_replayable
-from wsgi_idempotency.key import KeyCallable, header
+from wsgi_idempotency.key import KeyCallable, header, is_token
 from wsgi_idempotency.protocol import Action, Outcome, Outcomes, store_success
 from wsgi_idempotency.records import Lapse
 
@@ -121,6 +121,9 @@ class Policy:
                     f"replay_headers has {name!r}, which belongs to one message or connection"
                     " and can't be replayed; remove it"
                 )
+        for name in ("required", "transaction"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"{name} is {getattr(self, name)!r}; use True or False")
         if not callable(self.key):
             raise ConfigurationError(
                 'key is not callable; use header("Idempotency-Key") or (environ, body) -> str'
@@ -277,6 +280,13 @@ def _names(option: str, names: object, case: Callable[[str], str]) -> list[str]:
     for name in names:
         if not isinstance(name, str) or not name.strip():
             raise ConfigurationError(f"{option} has {name!r}; use names")
+        # RFC 9110 sections 9.1 and 5.1: both methods and field names are tokens. One that no
+        # message can have would protect less than its author believes.
+        if not is_token(name.strip()):
+            raise ConfigurationError(
+                f"{option} has {name!r}, which can't be a name; use ones like "
+                + ("POST" if option == "methods" else "Set-Cookie")
+            )
     return [case(name.strip()) for name in names]
 
 

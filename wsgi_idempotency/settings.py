@@ -68,7 +68,12 @@ def load(name: str, reference: str) -> Any:
 
 
 def _words(name: str, text: str) -> list[str]:
-    return text.replace(",", " ").split()
+    words = text.replace(",", " ").split()
+    if not words:
+        raise ConfigurationError(
+            f"{name} is {text!r}, which names nothing; name one or leave it out"
+        )
+    return words
 
 
 #: Modules of ours that have an ``observe``, imported when they are named: the last two need
