@@ -105,6 +105,7 @@ def test_the_application_is_there_as_soon_as_the_module_is(
         ({"APP": None}, "WSGI_IDEMPOTENCY_APP is not set"),
         ({"DATABASE": None}, "WSGI_IDEMPOTENCY_DATABASE is not set"),
         ({"DATABASE": "shop"}, "the database is not a URL"),
+        ({"DATABASE": "postgresql://db:port/shop"}, "the database is not a URL"),
         ({"SCOPE": None}, "WSGI_IDEMPOTENCY_SCOPE is not set; say whose key it is"),
         ({"SCOPE": "me"}, "WSGI_IDEMPOTENCY_SCOPE is 'me'; use by_authorization"),
         ({"STORE": "x"}, "did you mean WSGI_IDEMPOTENCY_DATABASE?"),

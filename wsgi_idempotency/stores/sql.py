@@ -1227,7 +1227,7 @@ def database_url(database: str | URL) -> URL:
     """
     try:
         url = make_url(database)
-    except ArgumentError as exc:
+    except (ArgumentError, ValueError) as exc:  # the latter for a port that is no number
         raise ConfigurationError(
             "the database is not a URL; use one like postgresql+psycopg://user@host/name"
             " or sqlite:///file.db"
