@@ -198,11 +198,13 @@ def test_a_policy_of_its_own_scope_has_it_in_the_request_s_context(where: str) -
     assert pay(app.test_client()).json["code"] == "MISSING_SCOPE"
 
 
-@pytest.mark.parametrize("options", [{"policy": "strict"}, {"routes": ["/pay"]}])
+@pytest.mark.parametrize(
+    "options", [{"policy": "strict"}, {"routes": ["/pay"]}, {"routes": Route("/pay", None)}]
+)
 def test_what_is_no_policy_and_no_route_is_refused_as_the_middleware_does(
     options: dict[str, Any],
 ) -> None:
-    with pytest.raises(ConfigurationError, match=r"use a Policy|use Route\(rule, policy\)"):
+    with pytest.raises(ConfigurationError, match=r"use a Policy|Route\(rule, policy\)"):
         Idempotency(make_shop(), "memory:", scope=everyone, **options)
 
 

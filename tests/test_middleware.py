@@ -1106,7 +1106,9 @@ def test_without_a_policy_only_the_routes_are_protected():
             id="a route whose converter takes no such argument",
         ),
         pytest.param({"routes": [("/pay", Policy())]}, "use Route", id="a route that is a tuple"),
+        pytest.param({"routes": Route("/pay", None)}, "use a list", id="a route for the routes"),
         pytest.param({"on_event": ["log"]}, "use callables", id="an observer that is a string"),
+        pytest.param({"on_event": 7}, "use callables", id="an observer that is a number"),
         pytest.param({"store": 7}, "use a database URL", id="a store that is a number"),
         pytest.param(
             {"store": "mysql://localhost/x"}, "not supported", id="a database of another kind"

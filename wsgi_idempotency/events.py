@@ -102,7 +102,9 @@ class Observers:
     """Tells every observer, and survives what they raise."""
 
     def __init__(self, observers: Observer | Iterable[Observer]) -> None:
-        self._observers = (observers,) if callable(observers) else tuple(observers)
+        if callable(observers) or not isinstance(observers, Iterable):
+            observers = (observers,)
+        self._observers: tuple[Observer, ...] = tuple(observers)
         for observer in self._observers:
             if not callable(observer):
                 raise ConfigurationError(

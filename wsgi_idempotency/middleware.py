@@ -142,6 +142,8 @@ class IdempotencyMiddleware:
         self._max_waiting = max_waiting
         self.forget_parent()
         _middlewares.add(self)
+        if not isinstance(routes, Iterable):
+            raise ConfigurationError(f"routes is {routes!r}; use a list of Route(rule, policy)")
         routes = tuple(routes)
         for route in routes:
             if not isinstance(route, Route):

@@ -101,7 +101,7 @@ class Idempotency:
         scope, store = in_context(app, options.pop("scope")), options.pop("store")
         if "policy" in options:
             options["policy"] = _policy_in_context(app, options["policy"])
-        if "routes" in options:
+        if isinstance(options.get("routes"), Iterable):
             options["routes"] = [_route_in_context(app, route) for route in options["routes"]]
         middleware = IdempotencyMiddleware(app.wsgi_app, store, scope=scope, **options)
         app.wsgi_app = middleware  # type: ignore[method-assign]
