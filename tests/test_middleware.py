@@ -48,7 +48,7 @@ from wsgi_idempotency.capture import InvalidApplication
 from wsgi_idempotency.errors import AnswerLost, ConfigurationError, NotStorable, StoreUnavailable
 from wsgi_idempotency.operation import ENVIRON_KEY
 from wsgi_idempotency.problems import rfc9457, stripe
-from wsgi_idempotency.records import Completion
+from wsgi_idempotency.records import Completion, State
 
 
 @pytest.fixture(params=["memory", "SQLite"])
@@ -2086,6 +2086,29 @@ def test_a_late_failure_changes_nothing_of_what_the_winner_has_recorded(store, s
     post(client)
     assert post(client).get_data() == b"won"
     assert app.executions == 1
+    assert app.environ[ENVIRON_KEY].lost
+
+
+@pytest.mark.parametrize(
+    ("status", "outcomes"),
+    [("400 Bad", store_success), ("500 Oh", store_success), ("500 Oh", hold_unknown)],
+    ids=["forgotten", "released", "held"],
+)
+def test_a_late_failure_takes_nothing_from_the_one_that_runs(store, status, outcomes):
+    app, heirs = App(), []
+    overtaken = overtaking(store, heirs.append)
+
+    def answer(environ, start_response):
+        overtaken(environ, lambda status, headers: None)
+        start_response(status, [("Content-Type", "text/plain")])
+        return [b"late"]
+
+    app.answer = answer
+    _, client = wrap(app, store=store, policy=Policy(outcomes=outcomes))
+    post(client)
+    (heir,) = heirs
+    record = store.lookup(heir.digest)
+    assert (record.state, record.token) == (State.CLAIMED, heir.token)
     assert app.environ[ENVIRON_KEY].lost
 
 
