@@ -231,6 +231,16 @@ def test_with_a_secret_the_table_holds_nothing_to_guess_a_password_from() -> Non
     assert for_people(scope, None) == scope
 
 
+@pytest.mark.parametrize("compose", ["shop:{}", "{}:eu", "shop:{}:eu"])
+def test_a_digest_inside_a_scope_of_the_user_s_own_is_keyed_too(compose):
+    """Behind a tenant, say. The plain digest would let who reads the table try passwords."""
+    scope = by_authorization({"HTTP_AUTHORIZATION": "Basic YWxpY2U6aHVzaA=="})
+    shown = for_people(compose.format(scope), SECRET)
+    assert "authorization:hmac-sha256:" in shown
+    assert scope.rpartition(":")[2] not in shown
+    assert len(shown) == len(compose.format(scope)) + len("hmac-")
+
+
 def test_with_a_secret_different_kinds_of_scope_stay_different() -> None:
     digest = "ab" * 32
     shown = {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Scope = Callable[["WSGIEnvironment"], "str | None"]
 
-_DIGESTED = re.compile(r"([^:]+):sha256:([0-9a-f]{64})")
+_DIGEST = re.compile(":sha256:[0-9a-f]{64}")
 
 # Control characters (PostgreSQL's text refuses NUL, terminals obey the rest), line and
 # paragraph separators, what turns the direction of writing, and surrogates, which no
@@ -148,12 +148,13 @@ def find(scope: Scope, environ: WSGIEnvironment) -> str | None:
 def for_people(scope: str, secret: bytes | None) -> str:
     """A scope as it may stand in the table. What decides is the digest, never this text.
 
-    :param secret: turns ``<kind>:sha256:<hex>`` into ``<kind>:hmac-sha256:<hex>``, so that
-        who reads the table can't find a password by trying them all.
+    :param secret: turns ``<kind>:sha256:<hex>``, also where it is a part of a scope, into
+        ``<kind>:hmac-sha256:<hex>``, so that who reads the table can't find a password by
+        trying them all.
     """
-    if secret is not None and (digested := _DIGESTED.fullmatch(scope)):
+    if secret is not None and _DIGEST.search(scope):
         made = hmac.digest(secret, b"wsgi-idempotency scope 1\0" + _octets(scope), "sha256")
-        scope = f"{digested[1]}:hmac-sha256:{made.hex()}"
+        scope = _DIGEST.sub(f":hmac-sha256:{made.hex()}", scope)
     return printable(scope)
 
 
