@@ -731,12 +731,14 @@ class SQLStore:
         else:
             self.url = database_url(database)
             self._given = None
-        if not timeout > 0:
+        if not isinstance(timeout, (int, float)) or not timeout > 0:
             raise ConfigurationError(f"timeout is {timeout!r}; use seconds greater than 0")
-        if pool_size < 1:
+        if not isinstance(pool_size, int) or pool_size < 1:
             raise ConfigurationError(f"pool_size is {pool_size!r}; use at least 1 connection")
-        if max_transactions < 1:
+        if not isinstance(max_transactions, int) or max_transactions < 1:
             raise ConfigurationError(f"max_transactions is {max_transactions!r}; use at least 1")
+        if not isinstance(prepare, bool):  # a text would be True, whatever it says
+            raise ConfigurationError(f"prepare is {prepare!r}; use True or False")
         self._postgresql = self.url.get_backend_name() == "postgresql"
         self._sql: _PostgreSQL | _SQLite = _PostgreSQL(prepare) if self._postgresql else _SQLite()
         self._create = not self._postgresql if create is None else create
