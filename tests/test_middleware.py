@@ -570,6 +570,16 @@ def test_applications_mounted_apart_have_key_spaces_of_their_own(store):
     assert app.executions == 4
 
 
+@pytest.mark.parametrize("scopes", [("alice", "alice"), ("shop:alice", "bank:alice")])
+def test_two_applications_on_one_store_are_told_apart_by_what_their_scopes_say(store, scopes):
+    """They are one where both serve a path, as the documentation of scopes warns."""
+    app = App()
+    for whose in scopes:
+        _, client = wrap(app, store=store, scope=lambda _, whose=whose: whose)
+        post(client)
+    assert app.executions == len(set(scopes))
+
+
 def test_no_cut_of_a_scope_and_a_key_makes_another_s():
     app = App()
     _, client = wrap(app, scope=lambda environ: environ["HTTP_X_TENANT"])
