@@ -598,8 +598,8 @@ def test_check_finds_a_folder_in_which_no_file_can_be_made(tmp_path: Path) -> No
 
 
 SERVER = PostgreSQLServer(
-    version="12.0",
-    version_number=120000,
+    version="13.0",
+    version_number=130000,
     in_recovery=False,
     read_only="off",
     isolation="read committed",
@@ -616,7 +616,7 @@ SERVER = PostgreSQLServer(
     ("change", "check", "verdict"),
     [
         ({}, "server", Verdict.OK),
-        ({"version_number": 119999}, "server", Verdict.FAIL),
+        ({"version_number": 129999}, "server", Verdict.FAIL),
         ({"synchronous_commit": "local"}, "synchronous_commit", Verdict.OK),
         ({"clock_ahead": 60.0}, "clock", Verdict.OK),
         ({"clock_ahead": 61.0}, "clock", Verdict.WARNING),

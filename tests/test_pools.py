@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from servers.postgres import Postgres, database_of
+from servers.postgres import Postgres, database_of, terminate
 from sqlalchemy import event
 
 from wsgi_idempotency import SQLStore
@@ -168,7 +168,7 @@ def test_connections_that_turn_out_to_be_dead_at_once_cost_the_pool_but_once(
         assert len(pids) == 5
         with postgres.connect() as connection:
             for pid in pids:
-                connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+                terminate(connection, pid)
         for attempt in [threads.submit(work) for _ in range(5)]:
             attempt.result()
         assert len(disposals) == 1

@@ -181,7 +181,8 @@ def raise_on(
             f" $$ BEGIN {what}; END $$"
         )
         connection.execute(
-            f"CREATE OR REPLACE TRIGGER refuse BEFORE {event} ON {table}"
+            f"DROP TRIGGER IF EXISTS refuse ON {table};"
+            f" CREATE TRIGGER refuse BEFORE {event} ON {table}"
             " FOR EACH ROW EXECUTE FUNCTION refuse()"
         )
 
@@ -623,7 +624,7 @@ def test_a_value_of_a_type_that_no_statement_has_is_refused_before_it_is_sent(
 
 @pytest.mark.parametrize("close", [True, False], ids=["libpq 17", "an older libpq"])
 def test_statements_planned_for_an_empty_table_use_the_index_when_it_has_grown(
-    pg_database, monkeypatch, close
+    pg_database, postgres, monkeypatch, close
 ):
     """A plan is kept from the sixth execution on, and one for a table without a page reads all
     pages there will be. Nothing but we ourselves plans anew here: there is no ANALYZE."""
@@ -643,8 +644,9 @@ def test_statements_planned_for_an_empty_table_use_the_index_when_it_has_grown(
 
     for _ in range(8):
         operate()
-    assert scans(store) == {"Seq Scan"}
-    for _ in range(150):
+    # Before PostgreSQL 14 a table without a page is planned for as one of ten.
+    assert scans(store) == {"Index Scan" if postgres.version.startswith("13.") else "Seq Scan"}
+    for _ in range(250):
         operate()
     assert "Index Scan" in scans(store)
     if close and psycopg.capabilities.has_send_close_prepared():

@@ -16,6 +16,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from servers.postgres import terminate
 from servers.proxy import ThreadingProxy
 from sqlalchemy.engine import URL, make_url
 
@@ -173,7 +174,7 @@ def test_a_server_that_has_hung_up_before_a_large_statement_is_noticed(
     url = libpq(pg_database)
     pid = backend(connection)
     with closing(psycopg.connect(url, autocommit=True)) as other:
-        other.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        terminate(other, pid)
     with pytest.raises(psycopg.OperationalError):
         run(connection, "SELECT %(body)s::bytea", body=bytes(30 * 2**20))
     assert connection.broken

@@ -290,10 +290,10 @@ def read_postgresql_server(connection: Connection) -> PostgreSQLServer:
 def judge_postgresql_server(server: PostgreSQLServer) -> Iterator[Finding]:
     yield judge(
         "server",
-        server.version_number >= 120000,
+        server.version_number >= 130000,
         f"PostgreSQL {server.version}",
         Verdict.FAIL,
-        "Use PostgreSQL 12 or later",
+        "Use PostgreSQL 13 or later",
     )
     yield judge(
         "primary",

@@ -18,6 +18,7 @@ import secrets
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,7 +142,7 @@ class PostgresServer(Postgres):
         atexit.register(self.close)
         self._run(
             "initdb", "--pgdata", self.data, "--username=postgres", "--auth=trust",
-            "--encoding=UTF8", "--no-locale", "--no-sync", "--no-instructions",
+            "--encoding=UTF8", "--no-locale", "--no-sync",
         )  # fmt: skip
         self.port = free_port()
         with (self.data / "postgresql.conf").open("a") as configuration:
@@ -263,6 +264,14 @@ class PostgresServer(Postgres):
         if result.returncode:
             log = self.log_text() if self.log.exists() else ""
             raise RuntimeError(f"{program} failed:\n{result.stdout}{log}")
+
+
+def terminate(connection: psycopg.Connection[Any], pid: int) -> None:
+    """End somebody's session, and wait until it has ended: before PostgreSQL 14
+    pg_terminate_backend() doesn't."""
+    connection.execute("SELECT pg_terminate_backend(%s)", (pid,))
+    while connection.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", (pid,)).fetchone():
+        time.sleep(0.01)
 
 
 def database_of(url: str) -> str:
