@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from urllib.request import urlopen
 
 import pytest
+from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
@@ -448,8 +449,14 @@ def test_an_event_is_on_the_current_span_and_the_decision_is_its_attributes() ->
     assert "4242" not in span.to_json()
 
 
-def test_without_a_span_nothing_is_traced() -> None:
+def test_without_a_span_that_records_nothing_is_traced(caplog: pytest.LogCaptureFixture) -> None:
+    """The API says so in the log when it is asked to."""
     to_opentelemetry.observe(RUN)
+    span = TracerProvider().get_tracer("test").start_span("POST")
+    span.end()
+    with trace.use_span(span):
+        to_opentelemetry.observe(RUN)
+    assert caplog.records == []
 
 
 def test_events_are_counted_and_timed_by_opentelemetry_too() -> None:
