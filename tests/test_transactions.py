@@ -1122,17 +1122,20 @@ def test_without_prepared_statements_none_is_left(pg_shop: OpenShop) -> None:
 
 
 def test_a_transaction_that_nobody_ends_ends_when_it_is_collected(database: str) -> None:
-    """A thread may be interrupted between any two lines, and would leave the key locked."""
+    """A thread may be interrupted between any two lines, and would leave the key locked. What its
+    connection was in the middle of nobody knows: the next has another."""
     store = SQLStore(database, timeout=1.0)
     claim = testing.make_claim()
     transaction = store.begin(claim)
     assert transaction is not None
     assert transaction.claimed is not None
+    driver = transaction._driver
     del transaction
     gc.collect()
     again = store.begin(claim)
     assert again is not None
     assert again.claimed == records.Claimed(attempt=1)
+    assert again._driver is not driver
     again.rollback()
     store.close()
 
