@@ -13,9 +13,9 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import psycopg
 import pytest
@@ -615,6 +615,30 @@ def test_what_is_in_flight_with_a_lease_is_waited_for(open_shop: OpenShop) -> No
     assert code(shop.post()) == "CONFLICT"
     shop.store.complete(claim.digest, claim.token, Completion("202 Accepted", (), b"leased"))
     assert shop.post().data == b"leased"
+
+
+@pytest.mark.parametrize("on_store_failure", ["refuse", "bypass"])
+def test_a_policy_without_a_transaction_waits_for_one_and_takes_it_for_a_store_that_fails(
+    open_shop: OpenShop, door: Door, on_store_failure: Literal["refuse", "bypass"]
+) -> None:
+    """As what is said of a deploy that turns ``transaction`` on warns of."""
+    beside = Response(b"beside", 201)
+    policy = Policy(on_store_failure=on_store_failure)
+    shop = open_shop(door.app)
+    with closing(SQLStore(shop.url, timeout=0.3)) as store, inside(door, shop) as finish:
+        middleware = IdempotencyMiddleware(beside, store, scope=everyone, policy=policy)
+        other = Client(middleware)
+        answer = other.post("/charges", headers={"Idempotency-Key": "k"})
+        if on_store_failure == "refuse":
+            assert (answer.status_code, code(answer)) == (503, "STORE_UNAVAILABLE")
+        else:
+            assert (answer.data, answer.headers["Idempotency-Status"]) == (b"beside", "unprotected")
+        assert finish().status_code == 201
+        replay = other.post("/charges", headers={"Idempotency-Key": "k"})
+        assert replay.headers["Idempotency-Replayed"] == "true"
+        # To undo the claim that had no answer is tried for two minutes: longer than there is a
+        # database.
+        middleware.heartbeat._kept.clear()
 
 
 def test_what_a_lease_held_is_held(open_shop: OpenShop) -> None:
