@@ -49,6 +49,12 @@ def load(folder: Path, *lines: str) -> Any:
     return loadapp(f"config:{folder / 'shop.ini'}")
 
 
+def test_a_percent_sign_is_written_twice(folder: Path) -> None:
+    """As ini files have it: a password in a URL may need one."""
+    app = load(folder, "store = postgresql://shop:p%%40ss@localhost/shop", "scope = everyone")
+    assert app.store.url.password == "p@ss"
+
+
 def test_a_pipeline_has_the_middleware_with_the_options_of_its_section(folder: Path) -> None:
     """Interpolated as in every ini file."""
     app = load(
