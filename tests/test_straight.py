@@ -224,6 +224,14 @@ def test_a_transaction_that_has_failed_does_not_pass_for_committed(
         commit_and(connection, "SELECT 1")
 
 
+def test_what_fails_after_it_has_given_its_rows_has_failed(connection: BoundedConnection) -> None:
+    """In autocommit the server commits last, and a deferred constraint may be in its way."""
+    connection.execute("CREATE TEMP TABLE once (a int UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        run(connection, "INSERT INTO once VALUES (1), (1) RETURNING a")
+    assert run(connection, "SELECT count(*) FROM once") == (0,)
+
+
 def test_what_psycopg_deallocates_later_is_prepared_anew(connection: BoundedConnection) -> None:
     """In a pipeline, a DROP has it forget all it has prepared, and tell the server afterwards."""
     connection.execute("CREATE TEMP TABLE dropped (a int)")

@@ -326,8 +326,10 @@ def commit_and(connection: psycopg.Connection[Any], then: str) -> bool:
 
 def _answer(connection: psycopg.Connection[Any], send: Callable[[], None]) -> PGresult:
     send()
-    ((result,),) = _answers(connection)
-    return result
+    (results,) = _answers(connection)
+    # In autocommit the server commits when it has given the rows, and then may say that it can't:
+    # by a deferred constraint, or a serialization failure.
+    return results[-1]
 
 
 def _together(
