@@ -232,6 +232,56 @@ def test_what_fails_after_it_has_given_its_rows_has_failed(connection: BoundedCo
     assert run(connection, "SELECT count(*) FROM once") == (0,)
 
 
+@pytest.mark.parametrize("begin", [False, True], ids=["by itself", "with its transaction"])
+def test_a_statement_is_prepared_anew_when_a_migration_has_changed_a_column_s_type(
+    connection: BoundedConnection, begin: bool
+) -> None:
+    """A worker that runs on meanwhile refuses nobody for it, and nothing is done twice."""
+    connection.execute("CREATE TEMP TABLE migrated (a int)")
+    connection.autocommit = not begin
+    for number in range(4):
+        if number == 2:
+            connection.execute("ALTER TABLE migrated ALTER a TYPE bigint")
+            connection.commit()
+        row = execute(
+            connection, "INSERT INTO migrated VALUES (1) RETURNING a", {}, prepare=True, begin=begin
+        )
+        assert row.fetchone() == (1,)
+        connection.commit()
+    assert connection.execute("SELECT count(*) FROM migrated").fetchone() == (4,)
+
+
+def test_within_a_transaction_what_a_migration_has_outdated_fails_but_once(
+    connection: BoundedConnection,
+) -> None:
+    """What came before in the transaction is undone, which the application has to know of."""
+    connection.execute("CREATE TEMP TABLE migrated AS SELECT 1 AS a")
+    ask = partial(execute, connection, "SELECT a FROM migrated", {}, prepare=True)
+    ask()
+    ask()
+    connection.execute("ALTER TABLE migrated ALTER a TYPE bigint")
+    connection.autocommit = False
+    connection.execute("SELECT 1")
+    with pytest.raises(psycopg.errors.FeatureNotSupported):
+        ask()
+    connection.rollback()
+    assert ask().fetchone() == (1,)
+
+
+def test_what_is_refused_whatever_the_plan_is_not_tried_for_ever(
+    connection: BoundedConnection,
+) -> None:
+    connection.execute(
+        "CREATE FUNCTION pg_temp.refuse(yes boolean) RETURNS text LANGUAGE plpgsql AS $$ BEGIN"
+        " IF yes THEN RAISE EXCEPTION 'no' USING ERRCODE = '0A000'; END IF; RETURN ''; END $$"
+    )
+    ask = partial(execute, connection, "SELECT pg_temp.refuse(%(yes)s)", prepare=True)
+    ask({"yes": False})
+    with pytest.raises(psycopg.errors.FeatureNotSupported):
+        ask({"yes": True})
+    assert ask({"yes": False}).fetchone() == ("",)
+
+
 def test_what_psycopg_deallocates_later_is_prepared_anew(connection: BoundedConnection) -> None:
     """In a pipeline, a DROP has it forget all it has prepared, and tell the server afterwards."""
     connection.execute("CREATE TEMP TABLE dropped (a int)")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from psycopg._preparing import Prepare, PrepareManager
-from psycopg.pq import ExecStatus
+from psycopg.pq import ExecStatus, TransactionStatus
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
@@ -264,6 +264,8 @@ def execute(
         values.append(send(value))
     made = _statement(statement, tuple(kinds))
     result = _execute(connection, made, values, prepare, begin)
+    if prepare and _outlived(connection, made, result, begin):
+        result = _execute(connection, made, values, prepare, begin)
     if result.status not in _GOOD:
         exc = psycopg.errors.error_from_result(result)
         if isinstance(exc, psycopg.errors.InvalidSqlStatementName):
@@ -463,6 +465,27 @@ def _prepared(connection: psycopg.Connection[Any], statement: _Statement) -> byt
         return None
     plan.left -= 1
     return plan.name
+
+
+def _outlived(
+    connection: psycopg.Connection[Any], statement: _Statement, result: PGresult, begun: bool
+) -> bool:
+    """Whether a statement was refused since the type of a column is another than when it was
+    prepared (a migration), and may be run again: it has done nothing, and will be prepared anew.
+
+    :param begun: its transaction was begun with it, and is ended.
+    """
+    plan = _plans(connection).get(statement.name)
+    if result.status in _GOOD or plan is None or plan.left == plan.lasts:
+        return False
+    exc = psycopg.errors.error_from_result(result)
+    if not isinstance(exc, psycopg.errors.FeatureNotSupported):
+        return False
+    plan.left = 0
+    server: PGconn = connection.pgconn
+    if begun:
+        _answer(connection, partial(server.send_query, b"ROLLBACK"))
+    return server.transaction_status == TransactionStatus.IDLE
 
 
 def _prepare(connection: psycopg.Connection[Any], statement: _Statement) -> bytes | PGresult:
