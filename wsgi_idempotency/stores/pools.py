@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util.queue import Empty
 
 
@@ -120,6 +121,11 @@ class StatementPool(QueuePool):
                 entry.close()  # who gets it next connects
             finally:
                 super()._do_return_conn(entry)
+
+    def _create_connection(self) -> ConnectionPoolEntry:
+        """A place, for whoever gets it to connect. Should that fail, it goes to who waits for it;
+        a place that was given up again would call nobody."""
+        return _ConnectionRecord(self, connect=False)
 
     def _do_get(self) -> ConnectionPoolEntry:
         self._waiting.append(None)
