@@ -15,6 +15,7 @@ import psycopg
 import pytest
 from servers.postgres import Postgres, database_of, terminate
 from sqlalchemy import event
+from sqlalchemy.exc import TimeoutError
 
 from wsgi_idempotency import SQLStore
 from wsgi_idempotency.errors import Disconnected
@@ -67,6 +68,93 @@ def test_whoever_waits_for_a_connection_gets_what_is_given_back(pg_database: str
             assert not waiting.done()
         pool.give(taken)
         pool.give(waiting.result(timeout=4))
+
+
+def test_whoever_wants_a_connection_again_at_once_waits_for_those_that_came_before(
+    pg_database: str,
+) -> None:
+    """A handler that records one step after the other would keep all others waiting until they
+    are refused: it runs on when it has given back, and they are still to wake."""
+    with closing(one_connection(pg_database)) as store, ThreadPoolExecutor(2) as threads:
+        pool = pool_of(store)
+        taken = pool.take()
+        served: list[str] = []
+
+        def work(name: str) -> None:
+            lent = pool.take()
+            served.append(name)
+            pool.give(lent)
+
+        waiting = []
+        for name in ("first", "second"):
+            waiting.append(threads.submit(work, name))
+            in_line(pool, len(waiting))
+        pool.give(taken)
+        work("again")
+        assert served == ["first", "second", "again"]
+
+
+def test_two_that_come_back_at_once_go_to_the_two_that_wait(pg_database: str) -> None:
+    """Though the first in line is told of both before it wakes."""
+    with (
+        closing(SQLStore(pg_database, pool_size=2, timeout=20.0)) as store,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        pool = pool_of(store)
+        taken = [pool.take(), pool.take()]
+        waiting = [threads.submit(pool.take) for _ in range(2)]
+        in_line(pool, 2)
+        with pool._pool.mutex:
+            for lent in taken:
+                pool.give(lent)
+        for lent in [waiter.result(timeout=15) for waiter in waiting]:
+            pool.give(lent)
+
+
+def test_whoever_has_waited_too_long_stands_in_nobody_s_way(pg_database: str) -> None:
+    with closing(SQLStore(pg_database, pool_size=1, timeout=0.2)) as store:
+        pool = pool_of(store)
+        taken = pool.take()
+        with pytest.raises(TimeoutError, match=r"timeout 0\.20"):
+            pool.take()
+        pool.give(taken)
+        assert pool.take() is taken
+        pool.give(taken)
+
+
+def test_whoever_waits_for_a_place_gets_that_of_a_connection_that_could_not_be_opened(
+    pg_database: str,
+) -> None:
+    """And not at the end of its time-out, to a server that has been back for seconds."""
+    with (
+        closing(SQLStore(pg_database, pool_size=1, timeout=20.0)) as store,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        pool = pool_of(store)
+        connecting, fail = threading.Event(), threading.Event()
+
+        def refuse(connection: object, record: object) -> None:
+            if not fail.is_set():
+                connecting.set()
+                fail.wait(15)
+                raise psycopg.OperationalError("the server is starting up")
+
+        event.listen(store.engine, "connect", refuse)
+        refused = threads.submit(pool.take)
+        assert connecting.wait(15)
+        waiting = threads.submit(pool.take)
+        in_line(pool, 1)
+        fail.set()
+        pool.give(waiting.result(timeout=15))
+        assert isinstance(refused.exception(), psycopg.OperationalError)
+
+
+def in_line(pool: StatementPool, number: int) -> None:
+    """Wait until so many wait for a connection."""
+    line: Any = pool._pool
+    deadline = time.monotonic() + 15
+    while len(line._line) < number:
+        assert time.monotonic() < deadline
 
 
 def test_an_engine_s_own_user_gets_what_lies_on_the_shelf(pg_database: str) -> None:

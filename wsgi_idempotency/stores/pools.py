@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections import deque
 from contextlib import suppress
 from typing import Any
 
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from sqlalchemy.pool.base import _ConnectionRecord
-from sqlalchemy.util.queue import Empty
+from sqlalchemy.util.queue import Empty, Queue
 
 
 class Lent:
@@ -59,6 +61,45 @@ class Lent:
             self.back()
 
 
+class _Line(Queue[ConnectionPoolEntry]):
+    """Serves those that wait in the order in which they came.
+
+    SQLAlchemy's queue serves whoever asks first after something came back. That is the thread
+    that gave it back, if it wants it again at once: it has the interpreter, and those that wait
+    are still to wake. They go on waiting then, for their whole time-out.
+    """
+
+    def __init__(self, maxsize: int, use_lifo: bool) -> None:
+        super().__init__(maxsize, use_lifo)
+        self._line: deque[threading.Condition] = deque()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> ConnectionPoolEntry:
+        if not block or timeout is None:
+            return super().get(block, timeout)
+        deadline = time.monotonic() + timeout
+        turn = threading.Condition(self.mutex)
+        with self.mutex:
+            self._line.append(turn)
+            try:
+                while self._empty() or self._line[0] is not turn:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        raise Empty
+                    turn.wait(left)
+                return self._get()
+            finally:
+                self._line.remove(turn)
+                self._call_next()
+
+    def _put(self, item: ConnectionPoolEntry) -> None:
+        super()._put(item)
+        self._call_next()
+
+    def _call_next(self) -> None:
+        if self._line and not self._empty():
+            self._line[0].notify()
+
+
 class StatementPool(QueuePool):
     """Hands a connection from one statement to the next, and closes all of them in the end.
 
@@ -75,6 +116,7 @@ class StatementPool(QueuePool):
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
+        self._pool = _Line(self._pool.maxsize, self._pool.use_lifo)
         self._shelf: deque[Lent] = deque()
         self._waiting: deque[None] = deque()  # one for each that waits for a connection
         self._disposed = False
