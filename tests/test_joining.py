@@ -21,12 +21,20 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from werkzeug.test import Client
+from werkzeug.wrappers import Response as WerkzeugResponse
 
-from wsgi_idempotency import Policy, Route, current_operation, everyone
+from wsgi_idempotency import (
+    IdempotencyMiddleware,
+    Policy,
+    Route,
+    current_operation,
+    everyone,
+)
 from wsgi_idempotency.contrib.flask import Idempotency
 from wsgi_idempotency.contrib.flask_sqlalchemy import JoiningSession
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+DOCS = Path(__file__).parent.parent / "docs"
 FORM = ("Content-Type", "application/x-www-form-urlencoded")
 
 SHOPS = {
@@ -317,3 +325,28 @@ def test_a_session_that_zope_keeps_is_not_retried_over(
     assert (failed.status_code, json.loads(failed.data)["code"]) == (500, "TRANSACTION_FAILED")
     assert "savepoints nest" in caplog.text
     assert amounts(database) == []
+
+
+def test_the_line_of_the_page_serves_whatever_policy_a_request_is_under(tmp_path: Path) -> None:
+    """One line makes all the sessions of an application, and not all its URLs need have a
+    transaction."""
+    page = (DOCS / "join-transactions.md").read_text()
+    line = page.partition("```python\n")[2].partition("```")[0]
+    url = f"sqlite:///{tmp_path}/shop.db"
+    engine = create_engine(url)
+    binds = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        names = {"current_operation": current_operation, "engine": engine, "Session": Session}
+        exec(line, names)
+        with names["session"] as session:
+            binds.append(session.get_bind())
+        return WerkzeugResponse("made", 201)(environ, start_response)
+
+    policy = Policy(transaction=True)
+    middleware = IdempotencyMiddleware(app, url, scope=everyone, routes=[Route("/charges", policy)])
+    for path, key in (("/charges", {"Idempotency-Key": "k"}), ("/mail", {"Idempotency-Key": "k"})):
+        assert Client(middleware).post(path, headers=key).status_code == 201
+    assert Client(middleware).post("/charges").status_code == 201
+    assert [bind is engine for bind in binds] == [False, True, True]
+    engine.dispose()
