@@ -32,6 +32,7 @@ from wsgi_idempotency.errors import (
     StoreUnavailable,
 )
 from wsgi_idempotency.records import Claim, Claimed, Completion, Record, Step
+from wsgi_idempotency.stores import psycopg3
 from wsgi_idempotency.stores.psycopg3 import execute as execute_straight
 from wsgi_idempotency.stores.sql import database_url, shown
 from wsgi_idempotency.testing import make_claim
@@ -491,6 +492,23 @@ def test_a_file_whose_writer_does_not_end_is_waited_for_no_longer_than_a_stateme
         store.check()
     writer.close()
     store.close()
+
+
+def test_two_processes_never_give_two_statements_one_name(pg_database):
+    """A pooler may have both on one connection to the server."""
+    claim = new_claim()
+    prepared = []
+    for calls in (("claim",), ("lookup", "claim")):
+        psycopg3._statement.cache_clear()  # as in another process
+        with closing(SQLStore(pg_database)) as store:
+            for call in calls:
+                getattr(store, call)(claim if call == "claim" else claim.digest)
+            with store.engine.connect() as connection:
+                driver = connection.connection.driver_connection
+                found = driver.execute("SELECT name, statement FROM pg_prepared_statements")
+                prepared.append(dict(found.fetchall()))
+    one, other = prepared
+    assert one.items() < other.items()
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["own engine", "given engine"])
