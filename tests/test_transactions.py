@@ -207,6 +207,12 @@ def roll_the_driver_back(connection: Connection) -> None:
     connection.connection.driver_connection.rollback()
 
 
+def roll_the_driver_back_and_go_on(connection: Connection) -> None:
+    """What SQLAlchemy doesn't know of, it begins no transaction after."""
+    roll_the_driver_back(connection)
+    connection.execute(text("INSERT INTO charges (amount) VALUES (5)"))
+
+
 def close(connection: Connection) -> None:
     charge(5)
     connection.close()
@@ -218,9 +224,16 @@ def close(connection: Connection) -> None:
         (roll_back, "the application rolled it back"),
         (roll_back_and_go_on, "the application rolled it back"),
         (roll_the_driver_back, "the application rolled it back"),
+        (roll_the_driver_back_and_go_on, "the application rolled it back"),
         (close, "the application closed its connection"),
     ],
-    ids=["rolled back", "rolled back and gone on", "rolled back by the driver", "closed"],
+    ids=[
+        "rolled back",
+        "rolled back and gone on",
+        "rolled back by the driver",
+        "rolled back by the driver and gone on",
+        "closed",
+    ],
 )
 def test_a_success_whose_writes_are_gone_is_no_success(
     open_shop: OpenShop,
