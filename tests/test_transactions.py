@@ -241,16 +241,20 @@ def test_a_success_whose_writes_are_gone_is_no_success(
     do: Callable[[Connection], None],
     says: str,
 ) -> None:
+    """Also on the connection that another request has left."""
+
     def pretending(environ: Any, start_response: Any) -> Any:
         do(current_operation.connection)
         return Response("done", 201)(environ, start_response)
 
     shop = open_shop(pretending)
-    failed = shop.post()
-    assert (failed.status_code, code(failed)) == (500, "TRANSACTION_FAILED")
-    assert failed.headers["X-Should-Retry"] == "false"
-    assert says in caplog.text
-    assert (shop.amounts(), shop.rows()) == ([], [])
+    for key in ("one", "two"):
+        caplog.clear()
+        failed = shop.post(key)
+        assert (failed.status_code, code(failed)) == (500, "TRANSACTION_FAILED")
+        assert failed.headers["X-Should-Retry"] == "false"
+        assert says in caplog.text
+        assert (shop.amounts(), shop.rows()) == ([], [])
 
 
 def test_the_application_can_t_commit_what_has_no_response_yet(
