@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -410,6 +411,22 @@ def test_other_signals_stop_nothing() -> None:
         assert signal.set_wakeup_fd(-1) == -1, "Python's own hears of signals as before"
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_afterwards_signals_do_what_they_did() -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    heard, hears = socket.socketpair()
+    heard.setblocking(False)
+    with heard, hears:
+        previous = signal.set_wakeup_fd(heard.fileno())
+        try:
+            with stopped_by_signals():
+                assert [signal.getsignal(number) for number in numbers] != before
+            assert [signal.getsignal(number) for number in numbers] == before
+            assert signal.set_wakeup_fd(previous) == heard.fileno()
+        finally:
+            signal.set_wakeup_fd(previous)
 
 
 def test_what_the_work_raises_is_raised() -> None:
