@@ -110,6 +110,7 @@ class Capture:
         self._dropped = False
         self._iterable: Iterable[bytes] = ()
         self._closed = False
+        self.whole: Whole | None = None  # once there is nothing more to come
 
     def run(self, app: WSGIApplication, environ: WSGIEnvironment) -> Whole | Passing | Dropped:
         """Run the application until its answer is whole or its first byte has to go out.
@@ -147,7 +148,9 @@ class Capture:
         assert self._status is not None
         if self._spool is not None:
             self._spool.seek(0)
-        return Whole(self._status, self._headers, b"".join(self._take_held()), self._spool)
+        body = b"".join(self._take_held())
+        self.whole = Whole(self._status, self._headers, body, self._spool)
+        return self.whole
 
     def rest(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """What the server has still to send of a passing answer."""

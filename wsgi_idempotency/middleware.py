@@ -774,7 +774,10 @@ class _Execution:
             if capture.passing:
                 capture.close()  # the server never gets it
             elif not self._operation.ended:
-                self._end(self._action(Outcome(exception=exc)))
+                if capture.whole is not None:  # it was close() that a server's signal ended
+                    self._settle(capture.whole)
+                else:
+                    self._end(self._action(Outcome(exception=exc)))
             raise
 
     def _begin(self) -> None:
