@@ -297,9 +297,21 @@ def test_a_renewal_that_sqlite_refuses_changes_nothing_and_locks_nobody_out(tmp_
     store.close()
 
 
-@pytest.mark.parametrize("options", [{"timeout": 0}, {"timeout": float("nan")}, {"pool_size": 0}])
-def test_a_timeout_or_pool_of_nothing_is_refused(options):
-    with pytest.raises(ConfigurationError, match=r"use (seconds|at least)"):
+@pytest.mark.parametrize(
+    ("options", "use"),
+    [
+        ({"timeout": 0}, "seconds"),
+        ({"timeout": float("nan")}, "seconds"),
+        ({"timeout": "5"}, "seconds"),
+        ({"pool_size": 0}, "at least"),
+        ({"pool_size": "5"}, "at least"),
+        ({"max_transactions": "5"}, "at least"),
+        ({"prepare": "no"}, "True or False"),  # which would prepare
+    ],
+    ids=str,
+)
+def test_an_option_that_makes_no_sense_is_refused(options, use):
+    with pytest.raises(ConfigurationError, match=f"use {use}"):
         SQLStore("sqlite:///keys.db", **options)
 
 
