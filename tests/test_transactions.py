@@ -38,12 +38,11 @@ from wsgi_idempotency import (
     current_operation,
     everyone,
     hold_unknown,
-    records,
     store_everything,
-    testing,
 )
 from wsgi_idempotency.errors import ConfigurationError, NoTransaction, TransactionFailed
-from wsgi_idempotency.records import Claim, Completion
+from wsgi_idempotency.records import Claim, Claimed, Completion
+from wsgi_idempotency.testing import make_claim
 
 
 @pytest.fixture
@@ -1166,7 +1165,7 @@ def test_a_transaction_that_nobody_ends_ends_when_it_is_collected(database: str)
     """A thread may be interrupted between any two lines, and would leave the key locked. What its
     connection was in the middle of nobody knows: the next has another."""
     store = SQLStore(database, timeout=1.0)
-    claim = testing.make_claim()
+    claim = make_claim()
     transaction = store.begin(claim)
     assert transaction is not None
     assert transaction.claimed is not None
@@ -1175,7 +1174,7 @@ def test_a_transaction_that_nobody_ends_ends_when_it_is_collected(database: str)
     gc.collect()
     again = store.begin(claim)
     assert again is not None
-    assert again.claimed == records.Claimed(attempt=1)
+    assert again.claimed == Claimed(attempt=1)
     assert again._driver is not driver
     again.rollback()
     store.close()
