@@ -774,10 +774,10 @@ class _Execution:
             if capture.passing:
                 capture.close()  # the server never gets it
             elif not self._operation.ended:
-                if capture.whole is not None:  # it was close() that a server's signal ended
-                    self._settle(capture.whole)
-                else:
+                if capture.whole is None:
                     self._end(self._action(Outcome(exception=exc)))
+                else:  # what was interrupted is close(), or the decision on the answer
+                    self._settle(capture.whole)
             raise
 
     def _begin(self) -> None:
